@@ -1,0 +1,35 @@
+"""Weight-only quantization of Mixture-of-Experts ONNX models, as onnxscript rewrite rules."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "QMoEError",
+    "QuantizeMoEPass",
+    "Recipe",
+    "Report",
+    "SaveError",
+    "SourceError",
+    "Target",
+    "UnsupportedNodeError",
+    "moe_to_qmoe_rules",
+    "plan",
+    "prepare",
+    "quantize",
+    "save",
+]
+
+from qmoe_rules.errors import (
+    ConfigError,
+    QMoEError,
+    SaveError,
+    SourceError,
+    UnsupportedNodeError,
+)
+from qmoe_rules.passes import QuantizeMoEPass, prepare
+from qmoe_rules.pipeline import plan, quantize
+from qmoe_rules.recipe import Recipe
+from qmoe_rules.report import Report
+from qmoe_rules.rules import moe_to_qmoe_rules
+from qmoe_rules.saving import save
+from qmoe_rules.targets import Target

@@ -1,0 +1,223 @@
+"""Planned tensors: the quantized bytes of a weight, computed when somebody asks for them.
+
+A `Projection` knows how to turn one expert of a constant weight into stored bytes; its parts (the
+weights, the scales) are `PlannedTensor`s that share it. Sizes and shapes are known from the start,
+so a planned model can be inspected, cloned, laid out and saved like any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.formats import Spec
+from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.quantizers import METHODS
+from qmoe_rules.weights import ExpertWeights
+
+__all__ = ["PARTS", "PlannedTensor", "Projection", "Slab", "plan_values"]
+
+PARTS = ("weights", "scales")
+_SUFFIXES = {"weights": "quantized", "scales": "scales"}
+_MEMO = "qmoe_rules.planned"
+_CACHE_BYTES = 64 << 20
+
+Slab = dict[str, npt.NDArray[Any]]
+"""The stored bytes of one expert of one projection, by part."""
+
+
+class Projection:
+    """The planned quantization of one constant weight [E, N, K].
+
+    Attributes:
+        weights: The source, read one expert at a time.
+        spec: The format and block size.
+        layout: Name of the order of the stored bytes.
+        method: Name of the quantizer.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(self, weights: ExpertWeights, spec: Spec, layout: str, method: str) -> None:
+        self.weights = weights
+        self.spec = spec
+        self.layout = layout
+        self.method = method
+        self.serial = next(self._serials)
+
+    @property
+    def experts(self) -> int:
+        """E, the number of experts and of slabs."""
+        return self.weights.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts of all experts in bytes."""
+        return self.experts * sum(self.slab_nbytes(part) for part in PARTS)
+
+    def slab_nbytes(self, part: str) -> int:
+        """Returns the size of one expert's share of a part in bytes."""
+        return math.prod(self.slab_shape(part)) * self.dtype(part).bitwidth // 8
+
+    def slab_shape(self, part: str) -> tuple[int, ...]:
+        """Returns the shape of one expert's share of a part."""
+        _, rows, columns = self.weights.shape
+        if part == "weights":
+            return LAYOUTS[self.layout].stored_shape(rows, columns, self.spec.format.bits)
+        return self.spec.scales_shape(rows, columns)
+
+    def dtype(self, part: str) -> ir.DataType:
+        """Returns the element type of a part."""
+        if part == "weights":
+            return ir.DataType.UINT8
+        return ir.DataType.from_numpy(self.weights.dtype)
+
+    def slab(self, expert: int) -> Slab:
+        """Computes every part of one expert.
+
+        Raises:
+            SourceError: The weights cannot be read, or hold an infinity or a NaN.
+        """
+        weight = self.weights.expert(expert)
+        try:
+            quantized = METHODS[self.method](weight, self.spec)
+        except SourceError as error:
+            raise SourceError(
+                f"weight {self.weights.name!r}, expert {expert}: {error}; quantization needs "
+                "finite weights"
+            ) from None
+        stored = LAYOUTS[self.layout].store(quantized.packed, self.spec.format.bits)
+        slab: Slab = {"weights": stored, "scales": quantized.scales}
+        for part, array in slab.items():
+            if array.shape != self.slab_shape(part):
+                raise AssertionError(f"{self!r}: {part} {array.shape}, not {self.slab_shape(part)}")
+        self.weights.drop_pages(expert)
+        return slab
+
+    def part(self, name: str, expert: int) -> npt.NDArray[Any]:
+        """Returns one part of one expert, from the cache where it is there."""
+        cached = _cache.get((self.serial, expert), name)
+        if cached is not None:
+            return cached
+        slab = self.slab(expert)
+        _cache.put((self.serial, expert), {key: slab[key] for key in slab if key != "weights"})
+        return slab[name]
+
+    def __repr__(self) -> str:
+        return f"Projection({self.weights.name!r}, {self.spec}, {self.layout}, {self.method})"
+
+
+class PlannedTensor(ir.LazyTensor):
+    """One part of a projection as a tensor [E, ...] that is computed on demand and never kept."""
+
+    def __init__(self, projection: Projection, part: str, name: str) -> None:
+        shape = ir.Shape((projection.experts, *projection.slab_shape(part)))
+        super().__init__(self._materialize, projection.dtype(part), shape, name=name)
+        self.projection = projection
+        self.part = part
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes the bytes, one expert at a time."""
+        for expert in range(self.projection.experts):
+            file.write(self.projection.part(self.part, expert).tobytes())
+
+    def _materialize(self) -> ir.TensorProtocol:
+        array = np.empty(self.shape.numpy(), self.dtype.numpy())
+        for expert in range(self.projection.experts):
+            array[expert] = self.projection.part(self.part, expert)
+        return ir.Tensor(array, dtype=self.dtype, name=self.name)
+
+
+class _Cache:
+    """The small parts of the slabs computed last, at most `limit` bytes whatever the order.
+
+    A projection's parts come from one computation but are asked for as whole tensors, one after
+    the other. Keeping the small ones lets the scales follow the weights for free; what has been
+    dropped is computed again, to the same bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._slabs: OrderedDict[tuple[int, int], Slab] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int], part: str) -> npt.NDArray[Any] | None:
+        with self._lock:
+            slab = self._slabs.get(key)
+            if slab is None:
+                return None
+            self._slabs.move_to_end(key)
+            return slab.get(part)
+
+    def put(self, key: tuple[int, int], slab: Slab) -> None:
+        with self._lock:
+            if key in self._slabs:
+                return
+            self._slabs[key] = slab
+            self._size += _nbytes(slab)
+            while self._size > self._limit:
+                _, dropped = self._slabs.popitem(last=False)
+                self._size -= _nbytes(dropped)
+
+
+def _nbytes(slab: Slab) -> int:
+    return sum(array.nbytes for array in slab.values())
+
+
+_cache = _Cache(_CACHE_BYTES)
+
+
+def plan_values(source: ir.Value, projection: Projection) -> dict[str, ir.Value]:
+    """Registers the planned parts of a weight as initializers beside the weight.
+
+    A weight that several nodes share is planned once: the values are remembered with it.
+
+    Args:
+        source: The constant weight, an initializer or the output of a Constant node.
+        projection: What becomes of it.
+
+    Returns:
+        The initializers by part, owned by the graph that owns `source`.
+    """
+    graph = source.graph
+    if graph is None:
+        raise AssertionError(f"{source.name} belongs to no graph")
+    memo = source.meta.setdefault(_MEMO, {})
+    key = (projection.spec, projection.layout, projection.method)
+    # A clone of the graph carries the memo of the original: believe it only here.
+    known: dict[str, ir.Value] = memo.get(key, {})
+    if known and all(graph.initializers.get(str(v.name)) is v for v in known.values()):
+        return known
+    values = {}
+    for part in PARTS:
+        name = _fresh_name(f"{source.name}_{_SUFFIXES[part]}", graph)
+        tensor = PlannedTensor(projection, part, name)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=tensor.shape,
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        values[part] = value
+    source.meta[_MEMO] = {**memo, key: values}
+    return values
+
+
+def _fresh_name(wanted: str, graph: ir.Graph) -> str:
+    """Returns a name that no initializer of the graph has.
+
+    A node's output of that name is renamed by the rewriter's own name pass.
+    """
+    numbered = (f"{wanted}_{number}" for number in itertools.count(1))
+    names = itertools.chain([wanted], numbered)
+    return next(name for name in names if name not in graph.initializers)

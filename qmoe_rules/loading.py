@@ -1,0 +1,130 @@
+"""Finding and loading a model, with one clear word for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.lazy import PlannedTensor
+
+__all__ = ["Source", "data_files", "load", "locate"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies.
+
+    Attributes:
+        model: The .onnx file.
+        folder: The folder that was named instead of the file, or None.
+    """
+
+    model: Path
+    folder: Path | None = None
+
+
+def locate(path: str | os.PathLike[str]) -> Source:
+    """Finds the model that a path means: an .onnx file, or a folder that holds one.
+
+    Raises:
+        SourceError: Nothing is there, or the folder holds no model or several.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise SourceError(f"{given} does not exist")
+    if not given.is_dir():
+        return Source(given)
+    if (given / "model.onnx").is_file():
+        return Source(given / "model.onnx", given)
+    found = sorted(given.glob("*.onnx"))
+    if len(found) != 1:
+        nested = ", ".join(str(p.relative_to(given)) for p in sorted(given.glob("**/*.onnx"))[:5])
+        hint = f"name one of {nested}" if nested else "name a folder that holds an .onnx file"
+        raise SourceError(f"{given} holds {len(found)} .onnx files, not one; {hint}")
+    return Source(found[0], given)
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Loads a model without reading its weights, and checks that they are all there.
+
+    Args:
+        path: The .onnx file. Its external data stay where they are, mapped on demand.
+
+    Raises:
+        SourceError: The file is missing, is not an ONNX model, or its external data are missing,
+            outside the model's folder or too short.
+    """
+    path = Path(path)
+    try:
+        # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
+        model = ir.load(path.absolute())
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever a parser says about bytes that are no model
+        raise SourceError(f"{path} is not an ONNX model: {_one_line(error)}") from error
+    if not model.graph.outputs:
+        raise SourceError(f"{path} is not an ONNX model: its graph has no outputs")
+    _lift_external_constants(model)
+    for tensor in _external_tensors(model):
+        _check_extent(tensor)
+    return model
+
+
+def data_files(model: ir.Model) -> set[Path]:
+    """Returns the resolved paths of every file that the model's tensors still read from."""
+    return {Path(tensor.path).resolve() for tensor in _external_tensors(model)}
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yields the external tensors of all graphs, those that planned tensors read from included."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor: object = value.const_value
+            if isinstance(tensor, PlannedTensor):
+                tensor = tensor.projection.weights.tensor
+            if isinstance(tensor, ir.ExternalTensor):
+                yield tensor
+
+
+def _lift_external_constants(model: ir.Model) -> None:
+    """Makes Constant nodes with external data initializers: only those are saved elsewhere."""
+    if any(
+        isinstance(attribute.value, ir.ExternalTensor)
+        for node in model.graph.all_nodes()
+        for attribute in node.attributes.values()
+        if not attribute.is_ref()
+    ):
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _check_extent(tensor: ir.ExternalTensor) -> None:
+    """Raises SourceError unless the tensor's bytes are inside its file."""
+    try:
+        size = os.stat(tensor.path).st_size
+    except OSError as error:
+        raise SourceError(
+            f"tensor {tensor.name!r}: cannot read its external data {tensor.path}: "
+            f"{error.strerror or error}"
+        ) from error
+    offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
+    if offset < 0 or length < tensor.nbytes:
+        raise SourceError(
+            f"tensor {tensor.name!r}: external data of {length} bytes at offset {offset} cannot "
+            f"hold {tensor.nbytes} bytes"
+        )
+    if offset + length > size:
+        raise SourceError(
+            f"tensor {tensor.name!r}: external data {tensor.path} is truncated: it ends at byte "
+            f"{size}, and the tensor at byte {offset + length}"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

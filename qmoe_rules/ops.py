@@ -1,0 +1,205 @@
+"""The schemas of `com.microsoft::MoE` and `com.microsoft::QMoE`: slots, attributes, shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from qmoe_rules.targets import GATED
+
+__all__ = [
+    "DOMAIN",
+    "MOE_INPUTS",
+    "QMOE_INPUTS",
+    "attributes",
+    "inputs",
+    "is_op",
+    "label",
+    "nodes",
+    "producer",
+    "refuse_shapes",
+    "static_shape",
+    "unknown_attributes",
+]
+
+DOMAIN = "com.microsoft"
+
+MOE_INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_experts_bias",
+)
+
+QMOE_INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_scales",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_scales",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_scales",
+    "fc3_experts_bias",
+    "fc1_zero_points",
+    "fc2_zero_points",
+    "fc3_zero_points",
+    "router_weights",
+    "fc1_global_scale",
+    "fc2_global_scale",
+    "fc1_act_scale",
+    "fc2_act_scale",
+    "fc1_act_block_scale",
+    "fc2_act_block_scale",
+)
+
+_INPUTS = {"MoE": MOE_INPUTS, "QMoE": QMOE_INPUTS}
+
+# Defaults of onnxruntime 1.32's schemas. They are always written out, because they have differed
+# between versions. Attributes whose default is None mean something only by being present.
+_SHARED_ATTRIBUTES: dict[str, Any] = {
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "activation_type": "relu",
+    "k": 1,
+    "normalize_routing_weights": 0,
+    "swiglu_fusion": 0,
+    "swiglu_limit": None,
+    "swiglu_limit_after_activation": None,
+    "use_sparse_mixer": 0,
+}
+_QMOE_ATTRIBUTES: dict[str, Any] = {
+    "accuracy_level": None,
+    "block_size": None,
+    "expert_weight_bits": 4,
+    "fc1_expert_weight_bits": None,
+    "fc2_expert_weight_bits": None,
+    "fc3_expert_weight_bits": None,
+    "quant_type": "int",
+    "weights_prepacked": -1,
+}
+_ATTRIBUTES = {"MoE": _SHARED_ATTRIBUTES, "QMoE": {**_SHARED_ATTRIBUTES, **_QMOE_ATTRIBUTES}}
+
+
+def is_op(node: ir.Node, op_type: str) -> bool:
+    """Returns whether the node is `com.microsoft::op_type`."""
+    return node.domain == DOMAIN and node.op_type == op_type
+
+
+def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """Yields the model's nodes of these operators, in subgraphs and functions too."""
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    for node in itertools.chain.from_iterable(graph.all_nodes() for graph in graphs):
+        if any(is_op(node, op_type) for op_type in op_types):
+            yield node
+
+
+def label(node: ir.Node) -> str:
+    """Returns what to call a node: its name, or that of its first output."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or "(unnamed)"
+
+
+def producer(value: ir.Value) -> ir.Node:
+    """Returns the node that computes a value."""
+    node = value.producer()
+    if node is None:
+        raise AssertionError(f"{value.name} has no producer")
+    return node
+
+
+def inputs(node: ir.Node) -> dict[str, ir.Value | None]:
+    """Returns every input of a MoE or QMoE node by its schema name, None where it is left out.
+
+    A value with an empty name means a missing input, as it does in the file.
+    """
+    given = [None if value is None or value.name == "" else value for value in node.inputs]
+    names = _INPUTS[node.op_type]
+    return dict(zip(names, given + [None] * (len(names) - len(given)), strict=False))
+
+
+def attributes(node: ir.Node) -> dict[str, Any]:
+    """Returns every attribute of a MoE or QMoE node as Python values, defaults filled in.
+
+    Attributes that have no default and are absent are None.
+    """
+    values = dict(_ATTRIBUTES[node.op_type])
+    for name in values:
+        attribute = node.attributes.get(name)
+        if attribute is not None and not attribute.is_ref():
+            values[name] = attribute.value
+    return values
+
+
+def unknown_attributes(node: ir.Node) -> list[str]:
+    """Returns the attributes that the schema does not know, which would be lost or refused."""
+    return [name for name in node.attributes if name not in _ATTRIBUTES[node.op_type]]
+
+
+def static_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    """Returns the sizes of a value, None for each unknown one, or None when its rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def refuse_shapes(
+    fc1: tuple[int, ...],
+    fc2: tuple[int, ...],
+    given: Mapping[str, ir.Value | None],
+    values: Mapping[str, Any],
+) -> str | None:
+    """Returns how the shapes of a MoE without fc3 disagree, or None when they agree.
+
+    With F = 2 for gated activations and 1 for others: fc1 [E, F*I, H], fc2 [E, H, I], their
+    biases [E, F*I] and [E, H], router_probs [tokens, E].
+
+    Args:
+        fc1: Shape of the fc1 weight.
+        fc2: Shape of the fc2 weight.
+        given: The node's inputs, from `inputs`.
+        values: The node's attributes, from `attributes`.
+    """
+    activation, fusion = values["activation_type"], values["swiglu_fusion"]
+    gated = activation in GATED
+    if not gated and fusion:
+        return f"swiglu_fusion={fusion} with activation {activation!r}, which has no gate to fuse"
+    if gated and not fusion:
+        return f"activation {activation!r} with swiglu_fusion=0 and no fc3: the gate is missing"
+    if (values["swiglu_limit"] or 0) < 0:
+        return f"swiglu_limit={values['swiglu_limit']:g} is negative, which ends the whole process"
+    experts, hidden, inter = fc2
+    expected = (experts, inter * (2 if gated else 1), hidden)
+    if fc1 != expected:
+        return (
+            f"fc1_experts_weights is {list(fc1)}; fc2_experts_weights {list(fc2)} with activation "
+            f"{activation!r} asks for {list(expected)}"
+        )
+    shapes = {
+        "fc1_experts_bias": (experts, fc1[1]),
+        "fc2_experts_bias": (experts, hidden),
+        "router_probs": (None, experts),
+    }
+    for name, shape in shapes.items():
+        known = static_shape(given[name])
+        if known is not None and not _agree(known, shape):
+            return f"{name} is {_shown(known)}; the weights ask for {_shown(shape)}"
+    return None
+
+
+def _agree(known: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(known) == len(expected) and all(
+        a is None or b is None or a == b for a, b in zip(known, expected, strict=True)
+    )
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"

@@ -1,0 +1,82 @@
+"""The rewrite as onnx-ir passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from qmoe_rules import ops
+from qmoe_rules.recipe import Recipe
+from qmoe_rules.report import Report, row_of
+from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
+
+__all__ = ["QuantizeMoEPass", "prepare"]
+
+
+def prepare(model: ir.Model) -> ir.Model:
+    """Inlines, in place, the model-local functions that hold a MoE node, and no others.
+
+    A function holds no initializers, so a MoE inside one cannot be quantized there. Functions
+    that merely define a fallback for a fused operator stay, so that the runtime still sees it.
+    """
+    holders = _functions_with_moe(model)
+    if holders:
+        InlinePass(criteria=lambda function: function.identifier() in holders)(model)
+    return model
+
+
+def _functions_with_moe(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """Returns the functions that contain a MoE, or call a function that does."""
+    holders = {
+        identifier
+        for identifier, function in model.functions.items()
+        if any(ops.is_op(node, "MoE") for node in function.all_nodes())
+    }
+    grown = bool(holders)
+    while grown:
+        callers = {
+            identifier
+            for identifier, function in model.functions.items()
+            if any(node.op_identifier() in holders for node in function.all_nodes())
+        }
+        grown = not callers <= holders
+        holders |= callers
+    return holders
+
+
+class QuantizeMoEPass(ir.passes.InPlacePass):
+    """Prepares a model and plans the quantization of every MoE node.
+
+    Attributes:
+        report: One row per MoE and QMoE node of the model that was passed last.
+
+    Example:
+        >>> import onnx_ir as ir
+        >>> quantize = QuantizeMoEPass(bits=4, block_size=32)
+        >>> # model = quantize(ir.load("model.onnx")).model
+    """
+
+    def __init__(self, recipe: Recipe | None = None, **recipe_fields: Any) -> None:
+        """Makes the pass.
+
+        Args:
+            recipe: What to do; the default recipe where it is left out.
+            **recipe_fields: Fields of `Recipe` that differ from `recipe`.
+
+        Raises:
+            ConfigError: The recipe is wrong.
+        """
+        super().__init__()
+        self.recipe = Recipe.of(recipe, **recipe_fields)
+        self.report = Report()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Plans the quantization in place; nothing is computed before the model is saved."""
+        self.report = Report()
+        for node in ops.nodes(model, "QMoE"):
+            self.report.record(node, row_of(node))
+        prepare(model)
+        modified = apply_rules(model, moe_to_qmoe_rules(self.recipe, report=self.report))
+        return ir.passes.PassResult(model, modified)

@@ -1,0 +1,140 @@
+"""`plan` and `quantize`: from a model on disk to a report, and to a quantized model on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qmoe_rules import ops
+from qmoe_rules.loading import Source, data_files, load, locate
+from qmoe_rules.passes import QuantizeMoEPass
+from qmoe_rules.recipe import Recipe
+from qmoe_rules.report import CONVERTED, KEPT, Report
+from qmoe_rules.saving import Progress, Staging, guard, saved_bytes, write_model
+
+__all__ = ["plan", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(
+    source: str | os.PathLike[str], recipe: Recipe | None = None, **recipe_fields: Any
+) -> Report:
+    """Says what `quantize` would do, node by node and byte by byte, without computing anything.
+
+    Args:
+        source: An .onnx file, or a folder that holds one.
+        recipe: What to do; the default recipe where it is left out.
+        **recipe_fields: Fields of `Recipe` that differ from `recipe`.
+
+    Returns:
+        The report, with the exact size of the file that would be written.
+
+    Raises:
+        ConfigError: The recipe is wrong.
+        SourceError: The model cannot be used.
+
+    Example:
+        >>> # print(plan("model.onnx", bits=4, block_size=32).summary())
+    """
+    recipe = Recipe.of(recipe, **recipe_fields)
+    _, report = _planned(locate(source), recipe)
+    return report
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    strict: bool = False,
+    **recipe_fields: Any,
+) -> Report:
+    """Quantizes the experts of a model on disk and writes the result.
+
+    The source is only read. A node that cannot be converted stays as it was and has a row in the
+    report that says why; everything outside the experts keeps its bytes.
+
+    Args:
+        source: An .onnx file, or a folder that holds one. A folder's other files
+            (configuration, tokenizer) are copied along.
+        destination: An .onnx file, or a folder, which takes a model of the source's name.
+        recipe: What to do; the default recipe where it is left out.
+        workers: Threads that compute and write; all processors where it is left out.
+        progress: Called as bytes are written.
+        strict: Refuse to write anything where a MoE node cannot be converted.
+        **recipe_fields: Fields of `Recipe` that differ from `recipe`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: The recipe is wrong.
+        SourceError: The model cannot be used.
+        SaveError: The destination cannot be written; nothing has changed then.
+        UnsupportedNodeError: `strict`, and some MoE node cannot be converted.
+
+    Example:
+        >>> # quantize("model.onnx", "model-int4", bits=4, block_size=32)
+    """
+    recipe = Recipe.of(recipe, **recipe_fields)
+    found = locate(source)
+    path = _destination_file(found, Path(destination))
+    model, report = _planned(found, recipe)
+    if strict:
+        report.raise_if_skipped()
+    guard(model, path, frozenset({found.model.resolve()}))
+    with Staging(path.parent) as stage:
+        if found.folder is not None and path.parent != found.folder.resolve():
+            _copy_side_files(found.folder, _model_files(found, model), stage, path.parent)
+        write_model(model, stage, path.name, workers=workers, progress=progress)
+        stage.commit(path.name)
+    return report
+
+
+def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
+    model = load(source.model)
+    before = sum(file.stat().st_size for file in _model_files(source, model))
+    quantize_moe = QuantizeMoEPass(recipe)
+    quantize_moe(model)
+    report = quantize_moe.report
+    present = sum(1 for _ in ops.nodes(model, "QMoE"))
+    if present != report.count(CONVERTED) + report.count(KEPT):
+        raise AssertionError(f"{present} QMoE nodes in the model, but: {report.summary()}")
+    report.file_bytes_before = before
+    report.file_bytes_after = saved_bytes(model)
+    return model, report
+
+
+def _model_files(source: Source, model: ir.Model) -> set[Path]:
+    return {source.model.resolve(), *data_files(model)}
+
+
+def _destination_file(source: Source, destination: Path) -> Path:
+    """Returns the .onnx file to write; a destination without that ending is a folder."""
+    if destination.suffix == ".onnx" and not destination.is_dir():
+        return destination.resolve()
+    return (destination / source.model.name).resolve()
+
+
+def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, target: Path) -> None:
+    """Copies everything in `folder` that is not part of the model into the staging folder."""
+    root = folder.resolve()
+    for file in sorted(folder.rglob("*")):
+        real = file.resolve()
+        inside_target = target == real or target in real.parents
+        if not file.is_file() or real in model_files or inside_target or stage.path in real.parents:
+            continue
+        if root not in real.parents:
+            logger.warning("%s is not copied: it leads outside %s", file, folder)
+            continue
+        copy = stage.path / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)

@@ -1,0 +1,18 @@
+"""Quantizers: one file, one verb, (weight [N, K], spec) -> QuantizedWeights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_rules.formats import Spec
+from qmoe_rules.quantized import QuantizedWeights
+from qmoe_rules.quantizers.rtn import rtn
+
+__all__ = ["METHODS", "Quantizer", "rtn"]
+
+Quantizer = Callable[[npt.NDArray[np.generic], Spec], QuantizedWeights]
+
+METHODS: dict[str, Quantizer] = {"rtn": rtn}

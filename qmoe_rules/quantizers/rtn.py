@@ -1,0 +1,115 @@
+"""Round to nearest, as ONNX Runtime's own tools define it.
+
+One scale per row is positive, max|w| / 2^(bits-1); one scale per block is signed, so that it maps
+the element of largest magnitude to the lowest code, -2^(bits-1) (the definition of ONNX Runtime's
+`quantize_matmul_{4,8}bits`; a negative element wins a tie). The signed scale uses the code that
+the positive one wastes and costs nothing; per row the positive scale is the safer of the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.formats import Spec, pack
+from qmoe_rules.quantized import QuantizedWeights
+
+__all__ = ["rtn", "rtn_numpy", "smallest_scale"]
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """Returns the compiled engine, or None where numba has no build: same bytes, more slowly.
+
+    Imported on first use: numba takes half a second that a dry run need not spend.
+    """
+    try:
+        return importlib.import_module("qmoe_rules.quantizers._kernels")
+    except ImportError:
+        return None
+
+
+def smallest_scale(dtype: np.dtype) -> np.float32:
+    """Returns the smallest magnitude that a scale of a block that is not all zero may have.
+
+    It is the smallest positive number of the type, and never below float32's smallest normal
+    number, so that its reciprocal is finite. A peak whose scale would underflow takes it instead
+    of 0, which would erase the block.
+    """
+    smallest = 2.0**-24 if dtype == np.float16 else 2.0**-126
+    return np.float32(smallest)
+
+
+def rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
+    """Quantizes one expert's weights to the nearest code.
+
+    Args:
+        weight: [N, K] float32, float16 or bfloat16, C-contiguous rows. K is divisible by the block.
+        spec: The format and block size.
+
+    Returns:
+        The codes and the scales, which have the weight's dtype.
+
+    Raises:
+        SourceError: The weights hold an infinity or a NaN.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        return rtn_numpy(weight, spec)
+    rows, columns = weight.shape
+    kinds = {
+        "float32": kernels.FLOAT32,
+        "float16": kernels.FLOAT16,
+        "bfloat16": kernels.BFLOAT16,
+    }
+    pattern = np.uint32 if weight.dtype.itemsize == 4 else np.uint16
+    packed = np.empty(spec.packed_shape(rows, columns), np.uint8)
+    scales = np.empty((rows, spec.blocks(columns)), weight.dtype)
+    bad_row = kernels.rtn_rows(
+        np.ascontiguousarray(weight).view(pattern),
+        kinds[weight.dtype.name],
+        spec.format.bits,
+        spec.block_size or columns,
+        bool(spec.block_size),
+        packed,
+        scales.view(pattern),
+    )
+    if bad_row >= 0:
+        raise _not_finite(bad_row)
+    return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
+
+
+def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
+    """The meaning of `rtn` in plain numpy; byte-equal to it, and its stand-in without numba.
+
+    Every step is one float32 operation: scale = ∓peak / 2^(bits-1), rounded to the weight's
+    dtype; code = round_half_even(weight * (1 / scale)) + zero_point, clipped.
+    """
+    rows, columns = weight.shape
+    blocks = weight.astype(np.float32).reshape(rows, spec.blocks(columns), -1)
+    finite = np.isfinite(blocks).all(axis=(1, 2))
+    if not finite.all():
+        raise _not_finite(int(np.argmin(finite)))
+    low, high = blocks.min(axis=2), blocks.max(axis=2)
+    peak = np.where(-low >= high, low, high)
+    half_range = np.float32(spec.format.zero_point)
+    exact = -peak / half_range if spec.block_size else np.abs(peak) / half_range
+    scales = exact.astype(weight.dtype)
+    floor = smallest_scale(weight.dtype)
+    lost = (peak != 0) & (np.abs(scales.astype(np.float32)) < floor)
+    scales[lost] = np.copysign(floor, exact[lost]).astype(weight.dtype)
+    value = scales.astype(np.float32)
+    inverse = np.divide(np.float32(1), value, out=np.zeros_like(value), where=value != 0)
+    codes = np.rint(blocks * inverse[..., None]) + half_range
+    codes = np.clip(codes, 0, spec.format.max_code).astype(np.uint8).reshape(rows, columns)
+    packed = pack(codes, spec.format.bits)
+    return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
+
+
+def _not_finite(row: int) -> SourceError:
+    return SourceError(f"row {row} holds an infinity or a NaN")

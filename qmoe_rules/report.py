@@ -1,0 +1,181 @@
+"""`Report`: one row for every MoE that was found, and what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from qmoe_rules import ops
+from qmoe_rules.errors import UnsupportedNodeError
+
+__all__ = ["CONVERTED", "KEPT", "SKIPPED", "Report", "Row", "human_bytes", "row_of"]
+
+CONVERTED = "converted"
+"""A float MoE that became a QMoE."""
+SKIPPED = "skipped"
+"""A float MoE that stays as it was, for a reason."""
+KEPT = "kept"
+"""A node that is QMoE already; nothing to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one node.
+
+    Attributes:
+        node: The node's name.
+        status: `CONVERTED`, `SKIPPED` or `KEPT`.
+        reason: Why it was skipped or kept; empty for a converted node.
+        experts: E, or 0 where it is not known.
+        hidden: H.
+        inter: I.
+        stored: How the experts are stored, such as `"int4 block 32, raw"`.
+        bytes_before: Bytes of the expert weights as they were.
+        bytes_after: Bytes of codes and scales as they will be; equal to `bytes_before` for a node
+            that stays.
+        warnings: Facts about the node that its owner should know.
+    """
+
+    node: str
+    status: str
+    reason: str = ""
+    experts: int = 0
+    hidden: int = 0
+    inter: int = 0
+    stored: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def row_of(node: ir.Node) -> Row:
+    """Returns a row with a node's name, sizes and bytes; a QMoE is `KEPT`, a MoE `SKIPPED`."""
+    given = ops.inputs(node)
+    weights = [value for name, value in given.items() if value and name in _EXPERT_INPUTS]
+    tensors = [tensor for value in weights if (tensor := ir.convenience.get_const_tensor(value))]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    experts, hidden, inter = _sizes(node, given)
+    kept = ops.is_op(node, "QMoE")
+    return Row(
+        node=ops.label(node),
+        status=KEPT if kept else SKIPPED,
+        reason="it is QMoE already" if kept else "",
+        experts=experts,
+        hidden=hidden,
+        inter=inter,
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+    )
+
+
+_EXPERT_INPUTS = frozenset(
+    f"fc{index}_{part}"
+    for index in (1, 2, 3)
+    for part in ("experts_weights", "scales", "zero_points")
+)
+
+
+def _sizes(node: ir.Node, given: Mapping[str, ir.Value | None]) -> tuple[int, int, int]:
+    """Returns (E, H, I), 0 for each that the shapes do not tell."""
+    shape = ops.static_shape(given["fc2_experts_weights"])
+    if shape is None or len(shape) != 3:
+        return 0, 0, 0
+    experts, hidden, inter = (size or 0 for size in shape)
+    if ops.is_op(node, "QMoE"):
+        # The scales tell H whatever the layout; the bytes of one expert are H * I * bits / 8.
+        scales = ops.static_shape(given["fc2_scales"]) or ()
+        values = ops.attributes(node)
+        bits = values["fc2_expert_weight_bits"] or values["expert_weight_bits"]
+        columns = hidden * inter
+        hidden = (scales[1] or 0) if len(scales) > 1 else 0
+        inter = columns * 8 // bits // hidden if hidden else 0
+    return experts, hidden, inter
+
+
+@dataclass
+class Report:
+    """Every MoE of a model, in the order found.
+
+    Attributes:
+        rows: One row per node.
+        file_bytes_before: Size of the source model with its external data, 0 where unknown.
+        file_bytes_after: Size of the model as saved or planned, 0 where unknown.
+    """
+
+    file_bytes_before: int = 0
+    file_bytes_after: int = 0
+    _rows: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows, in the order in which the nodes were found."""
+        return list(self._rows.values())
+
+    def record(self, node: ir.Node, row: Row) -> None:
+        """Adds the row of a node, or replaces it: a later sweep knows better."""
+        self._rows[f"{row.node}\0{node.outputs[0].name}"] = row
+
+    def count(self, status: str) -> int:
+        """Returns how many nodes have this status."""
+        return sum(row.status == status for row in self.rows)
+
+    @property
+    def ratio(self) -> float | None:
+        """File size before over after, or None where a size is unknown."""
+        if not self.file_bytes_before or not self.file_bytes_after:
+            return None
+        return self.file_bytes_before / self.file_bytes_after
+
+    def raise_if_skipped(self) -> None:
+        """Turns the skipped nodes into one error.
+
+        Raises:
+            UnsupportedNodeError: Some node was skipped.
+        """
+        skipped = [row for row in self.rows if row.status == SKIPPED]
+        if skipped:
+            reasons = "; ".join(f"{row.node}: {row.reason}" for row in skipped)
+            raise UnsupportedNodeError(f"{len(skipped)} MoE nodes were not converted: {reasons}")
+
+    def summary(self) -> str:
+        """Returns one line that says what was found and what became of it."""
+        if not self.rows:
+            found = "no com.microsoft::MoE or QMoE node found; nothing to quantize"
+        else:
+            counts = ((self.count(status), status) for status in (CONVERTED, SKIPPED, KEPT))
+            found = ", ".join(f"{count} {status}" for count, status in counts if count)
+        if self.ratio is None:
+            return found
+        before, after = human_bytes(self.file_bytes_before), human_bytes(self.file_bytes_after)
+        return f"{found}; model {before} -> {after} ({self.ratio:.2f}x smaller)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain data: counts, sizes and rows."""
+        return {
+            "converted": self.count(CONVERTED),
+            "skipped": self.count(SKIPPED),
+            "kept": self.count(KEPT),
+            "file_bytes_before": self.file_bytes_before,
+            "file_bytes_after": self.file_bytes_after,
+            "ratio": self.ratio,
+            "nodes": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """Returns `to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def human_bytes(count: int) -> str:
+    """Returns a byte count as people read it, such as `"1.5 GB"` (powers of 1000)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -1,0 +1,270 @@
+"""MoE(x, router, fc1, fc2) -> QMoE(x, router, q(fc1), q(fc2)), with constant weights.
+
+The rule only plans: the new initializers are computed when the model is saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
+
+from qmoe_rules import ops
+from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.lazy import Projection, plan_values
+from qmoe_rules.recipe import Recipe
+from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
+from qmoe_rules.targets import Facts
+from qmoe_rules.weights import ExpertWeights
+
+__all__ = ["moe_to_qmoe_rules"]
+
+logger = logging.getLogger(__name__)
+
+_PROJECTIONS = ("fc1", "fc2")
+
+
+def moe_to_qmoe_rules(
+    recipe: Recipe | None = None, *, report: Report | None = None, **recipe_fields: Any
+) -> RewriteRuleSet:
+    """Returns the rule that turns every float MoE with constant weights into a QMoE.
+
+    Each call makes a fresh rule; use it for one model at a time. A node that cannot be converted
+    stays as it was, with a logged warning and a row in the report. Rules that make nodes
+    convertible belong before it in the list.
+
+    Args:
+        recipe: What to do; the default recipe where it is left out.
+        report: Collects one row per MoE node.
+        **recipe_fields: Fields of `Recipe` that differ from `recipe`.
+
+    Returns:
+        A rule set for `onnxscript.rewriter.rewrite`; it can be spliced into a list of rules.
+
+    Raises:
+        ConfigError: The recipe is wrong.
+
+    Example:
+        >>> from onnxscript import rewriter
+        >>> rules = moe_to_qmoe_rules(bits=4, block_size=32)
+        >>> # quantized = rewriter.rewrite(model, [*rules, *other_rules])
+    """
+    report = Report() if report is None else report
+    rule = MoEToQMoE.rule(Recipe.of(recipe, **recipe_fields), report)  # type: ignore[no-untyped-call]
+    return RewriteRuleSet([rule])
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What `check` found out about a node and `rewrite` needs."""
+
+    recipe: Recipe
+    attributes: Mapping[str, Any]
+    projections: Mapping[str, Projection]
+
+
+class MoEToQMoE(RewriteRuleClassBase):
+    """The rule behind `moe_to_qmoe_rules`."""
+
+    def __init__(self, recipe: Recipe, report: Report) -> None:
+        super().__init__("MoEToQMoE")
+        self._recipe = recipe
+        self._report = report
+        self._conversion: _Conversion | None = None
+        self._replaced: dict[ir.Value, None] = {}
+
+    def pattern(self, op: Any, x: Any, router_probs: Any, fc1: Any) -> Any:
+        """Matches any MoE: missing and extra inputs are sorted out in `check`."""
+        return op.MoE(
+            x,
+            router_probs,
+            fc1,
+            _allow_other_inputs=True,
+            _domain=ops.DOMAIN,
+            _outputs=["moe"],
+        )
+
+    def check(self, op: Any, *args: Any, **bindings: Any) -> MatchResult:
+        """Accepts the node, or says why it stays; `op` is the match context here."""
+        node = ops.producer(bindings["moe"])
+        result = MatchResult()
+        found = self._examine(node, in_function=isinstance(op.graph_or_function, ir.Function))
+        row = _row(node, found)
+        self._report.record(node, row)
+        for warning in row.warnings:
+            logger.warning("%s: %s", row.node, warning)
+        if isinstance(found, str):
+            logger.warning("%s stays in float: %s", row.node, found)
+            return result.fail(found, node)
+        self._conversion = found
+        return result
+
+    def rewrite(self, op: Any, *args: Any, **bindings: Any) -> ir.Value:
+        """Builds the QMoE node and registers the planned initializers."""
+        conversion = self._conversion
+        if conversion is None:
+            raise AssertionError("rewrite was called without a successful check")
+        moe: ir.Value = bindings["moe"]
+        node = ops.producer(moe)
+        given = ops.inputs(node)
+        inputs: dict[str, ir.Value | None] = {
+            name: given[name] for name in ("input", "router_probs")
+        }
+        for name, projection in conversion.projections.items():
+            source = given[f"{name}_experts_weights"]
+            if source is None:
+                raise AssertionError(f"{name} was there when the node was checked")
+            planned = plan_values(source, projection)
+            inputs[f"{name}_experts_weights"] = planned["weights"]
+            inputs[f"{name}_scales"] = planned["scales"]
+            inputs[f"{name}_experts_bias"] = given[f"{name}_experts_bias"]
+            self._replaced[source] = None
+        attributes = conversion.attributes
+        target = conversion.recipe.provider_target
+        if not attributes["normalize_routing_weights"] and not target.reads_normalize:
+            # The CPU kernel always renormalizes over the top-k, unless it is given the weights.
+            inputs["router_weights"] = op.Softmax(given["router_probs"], axis=-1)
+        quantized: ir.Value = op.QMoE(
+            *_slots(inputs), _domain=ops.DOMAIN, _name=node.name, **_qmoe_attributes(conversion)
+        )
+        replacement = ops.producer(quantized)
+        replacement.doc_string = node.doc_string
+        quantized.doc_string = moe.doc_string
+        quantized.metadata_props.update(moe.metadata_props)
+        return quantized
+
+    def cleanup(self) -> None:
+        """Removes the float weights that no node uses any more, in subgraphs too."""
+        for source in list(self._replaced):
+            graph = source.graph
+            if source.uses() or source.is_graph_output() or graph is None:
+                continue
+            if source.is_initializer():
+                del graph.initializers[str(source.name)]
+            else:
+                graph.remove(ops.producer(source), safe=True)
+            del self._replaced[source]
+
+    def _examine(self, node: ir.Node, in_function: bool) -> _Conversion | str:
+        """Returns the conversion of a node, or the reason why there is none."""
+        recipe = self._recipe
+        if recipe.excludes(ops.label(node)):
+            return "excluded by the recipe"
+        recipe = recipe.resolve(ops.label(node))
+        if in_function:
+            return "it is inside a function, which holds no initializers; inline it (see prepare)"
+        if unknown := ops.unknown_attributes(node):
+            return f"QMoE has no attribute {unknown[0]!r}"
+        given, attributes = ops.inputs(node), ops.attributes(node)
+        for name in ("fc3_experts_weights", "fc3_experts_bias"):
+            if given[name] is not None:
+                return f"{name} is present; QMoE kernels want gate and up interleaved in fc1"
+        weights = _weights(given)
+        if isinstance(weights, str):
+            return weights
+        reason = (
+            ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
+            or _refuse_types(weights)
+            or recipe.provider_target.refuse(_facts(weights, attributes))
+            or _refuse_storage(weights, recipe)
+        )
+        if reason:
+            return reason
+        projections = {
+            name: Projection(view, recipe.spec, recipe.layout, recipe.method)
+            for name, view in weights.items()
+        }
+        return _Conversion(recipe, attributes, projections)
+
+
+def _weights(given: Mapping[str, ir.Value | None]) -> dict[str, ExpertWeights] | str:
+    """Returns views of the constant weights of both projections, or why there are none."""
+    weights = {}
+    for name in _PROJECTIONS:
+        value = given[f"{name}_experts_weights"]
+        view = "it is missing" if value is None else ExpertWeights.of(value)
+        if isinstance(view, str):
+            return f"{name}_experts_weights: {view}"
+        weights[name] = view
+    return weights
+
+
+def _refuse_types(weights: Mapping[str, ExpertWeights]) -> str | None:
+    fc1, fc2 = weights["fc1"].dtype.name, weights["fc2"].dtype.name
+    return None if fc1 == fc2 else f"fc1_experts_weights is {fc1}, fc2_experts_weights is {fc2}"
+
+
+def _refuse_storage(weights: Mapping[str, ExpertWeights], recipe: Recipe) -> str | None:
+    """Returns which weight cannot be packed as the recipe says, or None."""
+    layout = LAYOUTS[recipe.layout]
+    for name, view in weights.items():
+        _, rows, columns = view.shape
+        reason = recipe.spec.refuse_shape(rows, columns) or layout.refuse(
+            rows, columns, recipe.bits
+        )
+        if reason:
+            return f"{name}_experts_weights: {reason}"
+    return None
+
+
+def _facts(weights: Mapping[str, ExpertWeights], attributes: Mapping[str, Any]) -> Facts:
+    _, hidden, inter = weights["fc2"].shape
+    return Facts(
+        dtype=weights["fc1"].dtype.name,
+        activation=attributes["activation_type"],
+        fusion=attributes["swiglu_fusion"],
+        hidden=hidden,
+        inter=inter,
+        sparse_mixer=bool(attributes["use_sparse_mixer"]),
+        limit_after_activation=bool(attributes["swiglu_limit_after_activation"]),
+    )
+
+
+def _slots(inputs: Mapping[str, ir.Value | None]) -> list[ir.Value | None]:
+    """Returns the inputs in their slots, without trailing missing ones."""
+    slots = [inputs.get(name) for name in ops.QMOE_INPUTS]
+    while slots[-1] is None:
+        slots.pop()
+    return slots
+
+
+def _qmoe_attributes(conversion: _Conversion) -> dict[str, Any]:
+    """Returns every attribute written out, because defaults have differed between versions."""
+    recipe = conversion.recipe
+    attributes = {name: value for name, value in conversion.attributes.items() if value is not None}
+    attributes["expert_weight_bits"] = recipe.bits
+    if recipe.block_size:  # the CPU kernel refuses -1 for one scale per row: it must be absent
+        attributes["block_size"] = recipe.block_size
+    attributes["quant_type"] = "int"
+    attributes["weights_prepacked"] = LAYOUTS[recipe.layout].prepacked
+    return attributes
+
+
+def _row(node: ir.Node, found: _Conversion | str) -> Row:
+    row = row_of(node)
+    if isinstance(found, str):
+        return dataclasses.replace(row, status=SKIPPED, reason=found)
+    return dataclasses.replace(
+        row,
+        status=CONVERTED,
+        stored=f"{found.recipe.spec}, {found.recipe.layout}",
+        bytes_after=sum(projection.nbytes for projection in found.projections.values()),
+        warnings=_warnings(node, found.recipe),
+    )
+
+
+def _warnings(node: ir.Node, recipe: Recipe) -> tuple[str, ...]:
+    warnings = list(recipe.provider_target.warnings(recipe.spec))
+    router = ops.inputs(node)["router_probs"]
+    producer = router.producer() if router is not None else None
+    if producer is not None and producer.op_type == "Softmax":
+        warnings.append(
+            "router_probs comes from a Softmax, and MoE applies softmax to it again; the float "
+            "model does the same, so it is kept, but the exporter may not have meant it"
+        )
+    return tuple(warnings)

@@ -1,0 +1,31 @@
+"""What the tests share: real models, and small ones made to measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(__file__).parent / "models"
+# More real models, where the project is checked out beside them.
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def tiny_fp32() -> Path:
+    """A byte-level language model: 2 MoE layers, 8 experts, hidden and inter 128, top-2."""
+    return MODELS / "bytelm-tiny8-fp32" / "model.onnx"
+
+
+@pytest.fixture
+def tiny_fp16() -> Path:
+    """The same model in float16."""
+    return MODELS / "bytelm-tiny8-fp16" / "model.onnx"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of shared models; skips the test where it is absent."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("needs the shared models beside the project")
+    return SHARED
