@@ -99,7 +99,7 @@ class Projection:
         for part, array in slab.items():
             if array.shape != self.slab_shape(part):
                 raise AssertionError(f"{self!r}: {part} {array.shape}, not {self.slab_shape(part)}")
-        self.weights.drop_pages(expert)
+        self.weights.release(expert)
         return slab
 
     def part(self, name: str, expert: int) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """`ExpertWeights`: a constant 3-D weight, read one expert at a time.
 
-The array behind an external tensor is a view of the memory-mapped file; `drop_pages` gives the
-pages of an expert back to the system after use, so that a sweep over a large model stays small.
+The array behind an external tensor is a view of the memory-mapped file; `release` gives the pages
+of an expert back to the system after use, so that a sweep over a large model stays small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qmoe_rules.formats import SCALE_DTYPES
 __all__ = ["ExpertWeights"]
 
 # onnx-ir's ExternalTensor must not be mapped by two threads at once.
-_mapping = threading.Lock()
+_loading = threading.Lock()
 
 
 class ExpertWeights:
@@ -38,6 +38,8 @@ class ExpertWeights:
         experts, rows, columns = (int(size) for size in tensor.shape.numpy())
         self.shape = (experts, rows, columns)
         self.dtype = SCALE_DTYPES[tensor.dtype.numpy().name]
+        self._stacked: npt.NDArray[np.generic] | None = None
+        self._released = 0
 
     @classmethod
     def of(cls, value: ir.Value) -> ExpertWeights | str:
@@ -65,21 +67,38 @@ class ExpertWeights:
         Raises:
             SourceError: The data behind the tensor is missing or too short.
         """
+        with _loading:
+            if self._stacked is None:
+                self._stacked = self._load()
+            return self._stacked[index]
+
+    def release(self, index: int) -> None:
+        """Says that an expert has been used, so that its memory can go.
+
+        The mapped pages that hold only this expert go back to the system; an array that was made
+        for the purpose goes after all E experts.
+        """
+        with _loading:
+            self._released += 1
+            if self._released % self.shape[0] == 0:
+                self._stacked = None
+        if isinstance(self.tensor, ir.ExternalTensor) and self.tensor.raw is not None:
+            size = self.nbytes // self.shape[0]
+            start = (self.tensor.offset or 0) + index * size
+            _drop_pages(self.tensor.raw, start, start + size)
+
+    def _load(self) -> npt.NDArray[np.generic]:
         try:
-            with _mapping:
-                stacked = self.tensor.numpy()
-            return np.asarray(stacked.reshape(self.shape)[index]).view(self.dtype)
+            array: npt.NDArray[np.generic] = self.tensor.numpy()
         except (OSError, ValueError) as error:
             raise SourceError(f"cannot read weight {self.name!r}: {error}") from error
+        stacked: npt.NDArray[np.generic] = array.reshape(self.shape).view(self.dtype)
+        return stacked
 
-    def drop_pages(self, index: int) -> None:
-        """Gives the mapped pages that hold only this expert back to the system."""
-        if not isinstance(self.tensor, ir.ExternalTensor) or self.tensor.raw is None:
-            return
-        size = self.nbytes // self.shape[0]
-        start = (self.tensor.offset or 0) + index * size
-        # Whole pages only: a shared page is dropped with the neighbour that is read later.
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self.tensor.raw.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+def _drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Drops the whole pages in a byte range; a page shared with a neighbour stays."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
