@@ -15,14 +15,15 @@ __all__ = [
     "MOE_INPUTS",
     "QMOE_INPUTS",
     "attributes",
+    "in_function",
     "inputs",
     "is_op",
     "label",
     "nodes",
     "producer",
     "refuse_shapes",
+    "refuse_unknown",
     "static_shape",
-    "unknown_attributes",
 ]
 
 DOMAIN = "com.microsoft"
@@ -108,6 +109,15 @@ def label(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name if node.outputs else None) or "(unnamed)"
 
 
+def in_function(model: ir.Model, node: ir.Node) -> bool:
+    """Returns whether the node is inside a model-local function, or a subgraph of one."""
+    return any(
+        node.graph is graph
+        for function in model.functions.values()
+        for graph in (function.graph, *function.graph.subgraphs())
+    )
+
+
 def producer(value: ir.Value) -> ir.Node:
     """Returns the node that computes a value."""
     node = value.producer()
@@ -139,9 +149,15 @@ def attributes(node: ir.Node) -> dict[str, Any]:
     return values
 
 
-def unknown_attributes(node: ir.Node) -> list[str]:
-    """Returns the attributes that the schema does not know, which would be lost or refused."""
-    return [name for name in node.attributes if name not in _ATTRIBUTES[node.op_type]]
+def refuse_unknown(node: ir.Node) -> str | None:
+    """Returns what a MoE node has that the schemas do not know and QMoE would lose, or None."""
+    for name in node.attributes:
+        if name not in _ATTRIBUTES[node.op_type]:
+            return f"QMoE has no attribute {name!r}"
+    known = len(_INPUTS[node.op_type])
+    if any(value is not None and value.name != "" for value in node.inputs[known:]):
+        return f"it has more inputs than the {known} that are known"
+    return None
 
 
 def static_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:

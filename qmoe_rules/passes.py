@@ -21,10 +21,15 @@ def prepare(model: ir.Model) -> ir.Model:
     A function holds no initializers, so a MoE inside one cannot be quantized there. Functions
     that merely define a fallback for a fused operator stay, so that the runtime still sees it.
     """
+    _inline(model)
+    return model
+
+
+def _inline(model: ir.Model) -> bool:
     holders = _functions_with_moe(model)
     if holders:
         InlinePass(criteria=lambda function: function.identifier() in holders)(model)
-    return model
+    return bool(holders)
 
 
 def _functions_with_moe(model: ir.Model) -> set[ir.OperatorIdentifier]:
@@ -75,8 +80,8 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Plans the quantization in place; nothing is computed before the model is saved."""
         self.report = Report()
+        inlined = _inline(model)
         for node in ops.nodes(model, "QMoE"):
             self.report.record(node, row_of(node))
-        prepare(model)
-        modified = apply_rules(model, moe_to_qmoe_rules(self.recipe, report=self.report))
-        return ir.passes.PassResult(model, modified)
+        rewritten = apply_rules(model, moe_to_qmoe_rules(self.recipe, report=self.report))
+        return ir.passes.PassResult(model, inlined or rewritten)

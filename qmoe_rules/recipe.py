@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Spec
@@ -34,29 +34,45 @@ class Override:
     pattern: str
     settings: tuple[tuple[str, Any], ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"override pattern {self.pattern!r} is not a string")
+        _check_pattern(self.pattern)
+        if not self.settings:
+            raise ConfigError(f"override for {self.pattern!r} sets nothing")
+        names = [name for name, _ in self.settings]
+        for name in names:
+            if name not in _OVERRIDABLE:
+                raise ConfigError(
+                    f"override for {self.pattern!r} sets {name!r}; it may set "
+                    f"{', '.join(_OVERRIDABLE)}"
+                )
+            if names.count(name) > 1:
+                raise ConfigError(f"override for {self.pattern!r} sets {name!r} twice")
+
     @classmethod
-    def parse(cls, given: Override | str | tuple[str, Mapping[str, Any]]) -> Override:
+    def parse(cls, given: AnyOverride) -> Override:
         """Reads an override from `("pattern", {"bits": 8})` or from `"pattern:bits=8,method=rtn"`.
 
         Raises:
-            ConfigError: The text or the pair has another form, or names an unknown field.
+            ConfigError: The override has another form, or sets an unknown field.
         """
         if isinstance(given, Override):
             return given
         if isinstance(given, str):
-            pattern, colon, text = given.rpartition(":")
+            pattern, _, text = given.rpartition(":")
             pairs = [item.partition("=") for item in text.split(",")]
-            if not colon or not pattern or not all(mark for _, mark, _ in pairs):
-                raise ConfigError(f"override {given!r} is not of the form 'PATTERN:bits=8'")
-            settings = {key: int(value) if _is_int(value) else value for key, _, value in pairs}
-        else:
-            pattern, settings = given[0], dict(given[1])
-        for field in settings:
-            if field not in _OVERRIDABLE:
-                raise ConfigError(
-                    f"override for {pattern!r} sets {field!r}; it may set {', '.join(_OVERRIDABLE)}"
-                )
-        return cls(pattern, tuple(settings.items()))
+            if pattern and all(name and mark and value for name, mark, value in pairs):
+                return cls(pattern, tuple((name, _number(value)) for name, _, value in pairs))
+        elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+            return cls(given[0], tuple(given[1].items()))
+        raise ConfigError(
+            f"overrides: {given!r} is neither 'PATTERN:bits=8' nor ('PATTERN', {{'bits': 8}})"
+        )
+
+
+AnyOverride = Override | str | tuple[str, Mapping[str, Any]]
+"""What `Recipe` takes for an override; it keeps an `Override`."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +102,8 @@ class Recipe:
     method: str = "rtn"
     layout: str = "raw"
     target: str = "portable"
-    nodes_to_exclude: tuple[str, ...] = ()
-    overrides: tuple[Override, ...] = ()
+    nodes_to_exclude: Sequence[str] = ()
+    overrides: Sequence[AnyOverride] = ()
 
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, [format.bits for format in FORMATS.values()])
@@ -96,15 +112,13 @@ class Recipe:
         _one_of("target", self.target, TARGETS)
         _check_block_size(self.block_size)
         object.__setattr__(self, "nodes_to_exclude", _patterns(self.nodes_to_exclude))
-        if isinstance(self.overrides, (str, Override)):
-            raise ConfigError("overrides is a sequence of overrides, not one of them")
-        overrides = tuple(Override.parse(given) for given in self.overrides)
-        object.__setattr__(self, "overrides", overrides)
-        for pattern in (*self.nodes_to_exclude, *(given.pattern for given in overrides)):
-            _check_pattern(pattern)
+        object.__setattr__(self, "overrides", _parsed(self.overrides))
         self._check_target()
-        for override in overrides:
-            self._overridden(override)  # validates it, as a recipe of its own
+        for override in self._overrides:
+            try:
+                self._overridden(override)  # validates it, as a recipe of its own
+            except ConfigError as error:
+                raise ConfigError(f"override for {override.pattern!r}: {error}") from None
 
     @classmethod
     def of(cls, recipe: Recipe | None = None, /, **fields: Any) -> Recipe:
@@ -132,7 +146,7 @@ class Recipe:
 
     def resolve(self, node: str) -> Recipe:
         """Returns the recipe for one node, with the first override that matches applied."""
-        for override in self.overrides:
+        for override in self._overrides:
             if _matches(override.pattern, node):
                 return self._overridden(override)
         return self
@@ -141,6 +155,10 @@ class Recipe:
     def spec(self) -> Spec:
         """How a projection is stored."""
         return Spec(FORMATS[f"int{self.bits}"], self.block_size)
+
+    @property
+    def _overrides(self) -> tuple[Override, ...]:
+        return cast(tuple[Override, ...], self.overrides)
 
     def _overridden(self, override: Override) -> Recipe:
         return dataclasses.replace(self, overrides=(), **dict(override.settings))
@@ -162,7 +180,7 @@ class Recipe:
 
 def _one_of(field: str, value: object, allowed: Iterable[object]) -> None:
     choices = list(allowed)
-    if isinstance(value, bool) or value not in choices:
+    if type(value) is not type(choices[0]) or value not in choices:
         raise ConfigError(f"{field}={value!r}; it may be {', '.join(map(repr, choices))}")
 
 
@@ -177,7 +195,16 @@ def _check_block_size(size: object) -> None:
 def _patterns(given: object) -> tuple[str, ...]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ConfigError(f"nodes_to_exclude={given!r}; it is a sequence of names or patterns")
-    return tuple(str(pattern) for pattern in given)
+    patterns = tuple(str(pattern) for pattern in given)
+    for pattern in patterns:
+        _check_pattern(pattern)
+    return patterns
+
+
+def _parsed(given: object) -> tuple[Override, ...]:
+    if isinstance(given, (str, Override)) or not isinstance(given, Iterable):
+        raise ConfigError(f"overrides={given!r}; it is a sequence of overrides")
+    return tuple(Override.parse(override) for override in given)
 
 
 def _check_pattern(pattern: str) -> None:
@@ -194,5 +221,5 @@ def _matches(pattern: str, name: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _is_int(text: str) -> bool:
-    return re.fullmatch(r"-?\d+", text) is not None
+def _number(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text

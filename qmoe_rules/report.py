@@ -109,7 +109,8 @@ class Report:
 
     file_bytes_before: int = 0
     file_bytes_after: int = 0
-    _rows: dict[str, Row] = field(default_factory=dict)
+    # By the node itself: names are unique within one scope only.
+    _rows: dict[ir.Node, Row] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -118,7 +119,7 @@ class Report:
 
     def record(self, node: ir.Node, row: Row) -> None:
         """Adds the row of a node, or replaces it: a later sweep knows better."""
-        self._rows[f"{row.node}\0{node.outputs[0].name}"] = row
+        self._rows[node] = row
 
     def count(self, status: str) -> int:
         """Returns how many nodes have this status."""

@@ -101,6 +101,11 @@ class Provider:
                 f"{self.name} has no kernel for activation {facts.activation!r} "
                 f"(it has {_listed(self.activations)})"
             )
+        if facts.activation not in GATED and facts.fusion:
+            return (
+                f"{self.name} has no gate to fuse with activation {facts.activation!r} and "
+                f"swiglu_fusion={facts.fusion}"
+            )
         if facts.activation in GATED and facts.fusion not in self.fusions:
             return (
                 f"{self.name} does not take swiglu_fusion={facts.fusion} "
@@ -179,12 +184,21 @@ class Target:
         """Returns the first provider's reason against `layout`, or None."""
         return _first(provider.refuse_layout(layout) for provider in self.providers)
 
-    def refuse(self, facts: Facts) -> str | None:
-        """Returns the first provider's reason against a node, with a target that would take it."""
-        reason = _first(provider.refuse(facts) for provider in self.providers)
+    def refuse(self, facts: Facts, spec: Spec, layout: str) -> str | None:
+        """Returns the first provider's reason against a node, or None.
+
+        Where another target takes the same node, stored in the same way, the reason names it.
+        """
+        reason = self._refuse(facts)
         if reason is None:
             return None
-        others = [name for name, target in TARGETS.items() if target._accepts(facts)]
+        others = [
+            name
+            for name, target in TARGETS.items()
+            if not (
+                target._refuse(facts) or target.refuse_spec(spec) or target.refuse_layout(layout)
+            )
+        ]
         return reason + (f"; target={others[0]!r} takes it" if others else "")
 
     def warnings(self, spec: Spec) -> tuple[str, ...]:
@@ -196,8 +210,8 @@ class Target:
             if key in provider.approximate
         )
 
-    def _accepts(self, facts: Facts) -> bool:
-        return all(provider.refuse(facts) is None for provider in self.providers)
+    def _refuse(self, facts: Facts) -> str | None:
+        return _first(provider.refuse(facts) for provider in self.providers)
 
 
 def _first(reasons: Iterable[str | None]) -> str | None:

@@ -70,7 +70,8 @@ class ExpertWeights:
         with _loading:
             if self._stacked is None:
                 self._stacked = self._load()
-            return self._stacked[index]
+            weight: npt.NDArray[np.generic] = self._stacked[index]
+        return weight
 
     def release(self, index: int) -> None:
         """Says that an expert has been used, so that its memory can go.
@@ -89,7 +90,7 @@ class ExpertWeights:
 
     def _load(self) -> npt.NDArray[np.generic]:
         try:
-            array: npt.NDArray[np.generic] = self.tensor.numpy()
+            array = np.asarray(self.tensor.numpy())
         except (OSError, ValueError) as error:
             raise SourceError(f"cannot read weight {self.name!r}: {error}") from error
         stacked: npt.NDArray[np.generic] = array.reshape(self.shape).view(self.dtype)
@@ -97,7 +98,7 @@ class ExpertWeights:
 
 
 def _drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Drops the whole pages in a byte range; a page shared with a neighbour stays."""
+    """Drops the pages of a byte range, but the last one where the next expert begins in it."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     last = stop // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and hasattr(mmap, "MADV_DONTNEED"):

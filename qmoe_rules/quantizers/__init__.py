@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from qmoe_rules.formats import Spec
 from qmoe_rules.quantized import QuantizedWeights
-from qmoe_rules.quantizers.rtn import rtn
+from qmoe_rules.quantizers import rtn
 
-__all__ = ["METHODS", "Quantizer", "rtn"]
+__all__ = ["METHODS", "Quantizer"]
 
 Quantizer = Callable[[npt.NDArray[np.generic], Spec], QuantizedWeights]
 
-METHODS: dict[str, Quantizer] = {"rtn": rtn}
+METHODS: dict[str, Quantizer] = {"rtn": rtn.rtn}

@@ -38,7 +38,11 @@ _HAS_NATIVE_HALF = bool(llvm.get_host_cpu_features().get("f16c")) or platform.ma
 
 
 def _jit(function: Any) -> Any:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep compiled code in: compile again in every process
+        return njit(**options)(function)
 
 
 @intrinsic
@@ -162,12 +166,15 @@ def _encode_scale(scale: Any, kind: int) -> Any:
 @_jit
 def _scale_of(peak: Any, bits: int, signed: bool, kind: int) -> Any:
     """Returns (pattern, value) of the scale that reaches `peak`; see `rtn.rtn_numpy`."""
+    if peak == np.float32(0.0):
+        return np.uint32(0), np.float32(0.0)
     half_range = np.float32(1 << (bits - 1))
     scale = np.float32(-peak / half_range) if signed else np.float32(abs(peak) / half_range)
     pattern, value = _encode_scale(scale, kind)
     smallest = _SMALLEST_SUBNORMAL_FLOAT16 if kind == FLOAT16 else _SMALLEST_NORMAL_FLOAT32
-    if peak != np.float32(0.0) and abs(value) < smallest:
-        pattern, value = _encode_scale(smallest if scale > 0.0 else -smallest, kind)
+    if abs(value) < smallest:  # the peak tells the sign, even where the scale became zero
+        negative = signed and peak > np.float32(0.0)
+        pattern, value = _encode_scale(-smallest if negative else smallest, kind)
     return pattern, value
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_rules.errors import SourceError
-from qmoe_rules.formats import Spec, pack
+from qmoe_rules.formats import SCALE_DTYPES, Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
 
 __all__ = ["rtn", "rtn_numpy", "smallest_scale"]
@@ -57,7 +57,9 @@ def rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
 
     Raises:
         SourceError: The weights hold an infinity or a NaN.
+        ValueError: The weights have another type or a shape that `spec` cannot hold.
     """
+    _check(weight, spec)
     kernels = _kernels()
     if kernels is None:
         return rtn_numpy(weight, spec)
@@ -90,6 +92,7 @@ def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
     Every step is one float32 operation: scale = ∓peak / 2^(bits-1), rounded to the weight's
     dtype; code = round_half_even(weight * (1 / scale)) + zero_point, clipped.
     """
+    _check(weight, spec)
     rows, columns = weight.shape
     blocks = weight.astype(np.float32).reshape(rows, spec.blocks(columns), -1)
     finite = np.isfinite(blocks).all(axis=(1, 2))
@@ -97,6 +100,7 @@ def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
         raise _not_finite(int(np.argmin(finite)))
     low, high = blocks.min(axis=2), blocks.max(axis=2)
     peak = np.where(-low >= high, low, high)
+    peak[peak == 0] = np.float32(-0.0)  # whatever the signs of the zeros, their scale is +0
     half_range = np.float32(spec.format.zero_point)
     exact = -peak / half_range if spec.block_size else np.abs(peak) / half_range
     scales = exact.astype(weight.dtype)
@@ -109,6 +113,14 @@ def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
     codes = np.clip(codes, 0, spec.format.max_code).astype(np.uint8).reshape(rows, columns)
     packed = pack(codes, spec.format.bits)
     return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
+
+
+def _check(weight: npt.NDArray[np.generic], spec: Spec) -> None:
+    if weight.dtype.name not in SCALE_DTYPES:
+        raise ValueError(f"weights are {weight.dtype}; they may be {', '.join(SCALE_DTYPES)}")
+    reason = spec.refuse_shape(*weight.shape)
+    if reason:
+        raise ValueError(reason)
 
 
 def _not_finite(row: int) -> SourceError:

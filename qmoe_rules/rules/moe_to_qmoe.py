@@ -77,6 +77,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         self._report = report
         self._conversion: _Conversion | None = None
         self._replaced: dict[ir.Value, None] = {}
+        self._planned: list[ir.Value] = []
 
     def pattern(self, op: Any, x: Any, router_probs: Any, fc1: Any) -> Any:
         """Matches any MoE: missing and extra inputs are sorted out in `check`."""
@@ -93,7 +94,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         """Accepts the node, or says why it stays; `op` is the match context here."""
         node = ops.producer(bindings["moe"])
         result = MatchResult()
-        found = self._examine(node, in_function=isinstance(op.graph_or_function, ir.Function))
+        found = self._examine(node, ops.in_function(op.model, node))
         row = _row(node, found)
         self._report.record(node, row)
         for warning in row.warnings:
@@ -124,6 +125,7 @@ class MoEToQMoE(RewriteRuleClassBase):
             inputs[f"{name}_scales"] = planned["scales"]
             inputs[f"{name}_experts_bias"] = given[f"{name}_experts_bias"]
             self._replaced[source] = None
+            self._planned.extend(planned.values())
         attributes = conversion.attributes
         target = conversion.recipe.provider_target
         if not attributes["normalize_routing_weights"] and not target.reads_normalize:
@@ -139,7 +141,15 @@ class MoEToQMoE(RewriteRuleClassBase):
         return quantized
 
     def cleanup(self) -> None:
-        """Removes the float weights that no node uses any more, in subgraphs too."""
+        """Removes the float weights that no node uses any more, in subgraphs too.
+
+        After a dry run it is the planned weights that no node of the model uses.
+        """
+        for value in self._planned:
+            graph = value.graph
+            if graph is not None and all(node.graph is None for node in value.consumers()):
+                del graph.initializers[str(value.name)]
+        self._planned.clear()
         for source in list(self._replaced):
             graph = source.graph
             if source.uses() or source.is_graph_output() or graph is None:
@@ -158,8 +168,8 @@ class MoEToQMoE(RewriteRuleClassBase):
         recipe = recipe.resolve(ops.label(node))
         if in_function:
             return "it is inside a function, which holds no initializers; inline it (see prepare)"
-        if unknown := ops.unknown_attributes(node):
-            return f"QMoE has no attribute {unknown[0]!r}"
+        if unknown := ops.refuse_unknown(node):
+            return unknown
         given, attributes = ops.inputs(node), ops.attributes(node)
         for name in ("fc3_experts_weights", "fc3_experts_bias"):
             if given[name] is not None:
@@ -170,7 +180,9 @@ class MoEToQMoE(RewriteRuleClassBase):
         reason = (
             ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
             or _refuse_types(weights)
-            or recipe.provider_target.refuse(_facts(weights, attributes))
+            or recipe.provider_target.refuse(
+                _facts(weights, attributes), recipe.spec, recipe.layout
+            )
             or _refuse_storage(weights, recipe)
         )
         if reason:

@@ -1,0 +1,318 @@
+"""Small models with `com.microsoft::MoE` nodes, made to measure, and what they should compute.
+
+A `Graph` collects values and nodes of a graph or of a body; `Experts` draws the weights of one
+node. All sizes differ by default, so that a swapped or misread axis cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qmoe_rules import ops, reference
+from qmoe_rules.formats import Spec
+from qmoe_rules.quantizers.rtn import rtn_numpy
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+
+SLOTS = {
+    "fc1": "fc1_experts_weights",
+    "fc1_bias": "fc1_experts_bias",
+    "fc2": "fc2_experts_weights",
+    "fc2_bias": "fc2_experts_bias",
+    "fc3": "fc3_experts_weights",
+    "fc3_bias": "fc3_experts_bias",
+}
+OPSETS = {"": 21, "com.microsoft": 1}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weights and the inputs of one MoE node, drawn from a seed.
+
+    Attributes:
+        experts: E.
+        hidden: H.
+        inter: I.
+        activation: The `activation_type`.
+        bias: Whether fc1 and fc2 have biases.
+        dtype: Of weights and activations.
+        seed: Of everything random.
+    """
+
+    experts: int = 3
+    hidden: int = 128
+    inter: int = 192
+    activation: str = "swiglu"
+    bias: bool = True
+    dtype: npt.DTypeLike = np.float32
+    seed: int = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether fc1 holds gate and linear rows, interleaved."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The node attributes that belong to the activation."""
+        return {"activation_type": self.activation, "swiglu_fusion": int(self.gated)}
+
+    def arrays(self) -> Arrays:
+        """Returns fc1 and fc2, and their biases."""
+        rng = np.random.default_rng(self.seed)
+        rows = self.inter * (2 if self.gated else 1)
+        arrays = {
+            "fc1": rng.standard_normal((self.experts, rows, self.hidden)) / self.hidden**0.5,
+            "fc2": rng.standard_normal((self.experts, self.hidden, self.inter)) / self.inter**0.5,
+        }
+        if self.bias:
+            arrays["fc1_bias"] = rng.standard_normal((self.experts, rows))
+            arrays["fc2_bias"] = rng.standard_normal((self.experts, self.hidden))
+        return {name: array.astype(self.dtype) for name, array in arrays.items()}
+
+    def feeds(self, shape: Sequence[int] = (6,)) -> Arrays:
+        """Returns x [*shape, H] and router_probs [tokens, E]."""
+        rng = np.random.default_rng(self.seed + 1000)
+        feeds = {
+            "x": rng.standard_normal((*shape, self.hidden)),
+            "router_probs": 2 * rng.standard_normal((int(np.prod(shape)), self.experts)),
+        }
+        return {name: array.astype(self.dtype) for name, array in feeds.items()}
+
+
+@dataclass
+class Graph:
+    """A graph under construction; nodes are appended in order.
+
+    Attributes:
+        inputs: The graph inputs.
+        initializers: The initializers.
+        nodes: The nodes.
+    """
+
+    inputs: list[ir.Value] = field(default_factory=list)
+    initializers: list[ir.Value] = field(default_factory=list)
+    nodes: list[ir.Node] = field(default_factory=list)
+
+    def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> ir.Value:
+        """Adds a graph input."""
+        value = ir.val(name, ir.DataType.from_numpy(np.dtype(dtype)), shape)
+        self.inputs.append(value)
+        return value
+
+    def weight(self, name: str, array: Array, home: str = "initializer") -> ir.Value:
+        """Adds an array.
+
+        Args:
+            name: Name of the value.
+            array: Its value.
+            home: Where it lives: `"initializer"`, `"constant"` (a Constant node), `"overridable"`
+                (a graph input with a default), `"input"` (one without) or `"computed"`.
+        """
+        tensor = ir.tensor(array, name=name)
+        if home == "constant":
+            return self.op("Constant", out=name, like=array, value=tensor)
+        if home == "computed":
+            stored = self.weight(f"{name}_stored", array)
+            return self.op("Identity", stored, out=name, like=array)
+        value = ir.val(name, tensor.dtype, array.shape)
+        if home in ("overridable", "input"):
+            self.inputs.append(value)
+        if home in ("overridable", "initializer"):
+            value.const_value = tensor
+            self.initializers.append(value)
+        return value
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        out: str,
+        like: Array | ir.Value | None = None,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Appends a node with one output `out`, of the type and shape of `like`."""
+        node = ir.node(op_type, inputs, attributes, domain=domain, name=name)
+        value = node.outputs[0]
+        value.name = out
+        if isinstance(like, ir.Value):
+            value.type, value.shape = like.type, like.shape
+        elif like is not None:
+            value.type = ir.TensorType(ir.DataType.from_numpy(like.dtype))
+            value.shape = ir.Shape(like.shape)
+        self.nodes.append(node)
+        return value
+
+    def weights(
+        self, arrays: Mapping[str, Array], prefix: str = "", homes: Mapping[str, str] | None = None
+    ) -> dict[str, ir.Value]:
+        """Adds the arrays of one node as `prefix` + their name."""
+        homes = homes or {}
+        return {
+            name: self.weight(f"{prefix}{name}", array, homes.get(name, "initializer"))
+            for name, array in arrays.items()
+        }
+
+    def moe(
+        self,
+        x: ir.Value,
+        router_probs: ir.Value,
+        weights: Mapping[str, ir.Value],
+        *,
+        out: str = "y",
+        name: str | None = "moe",
+        domain: str = ops.DOMAIN,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Appends a MoE node; attributes that are not given are absent."""
+        given = {SLOTS[name]: value for name, value in weights.items()}
+        inputs = [x, router_probs, *(given.get(slot) for slot in ops.MOE_INPUTS[2:])]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.op("MoE", *inputs, out=out, like=x, name=name, domain=domain, **attributes)
+
+    def done(self, *outputs: ir.Value, opsets: Mapping[str, int] | None = None) -> ir.Graph:
+        """Returns the graph; without `opsets` it is a body."""
+        return ir.Graph(
+            self.inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=self.initializers,
+            opset_imports=dict(opsets) if opsets is not None else None,
+            name="graph",
+        )
+
+    def model(
+        self,
+        *outputs: ir.Value,
+        opsets: Mapping[str, int] = OPSETS,
+        functions: Sequence[ir.Function] = (),
+    ) -> ir.Model:
+        """Returns a model with this graph."""
+        return ir.Model(self.done(*outputs, opsets=opsets), ir_version=10, functions=functions)
+
+
+def single(
+    experts: Experts | None = None,
+    *,
+    shape: Sequence[int] = (6,),
+    homes: Mapping[str, str] | None = None,
+    opsets: Mapping[str, int] = OPSETS,
+    **attributes: Any,
+) -> ir.Model:
+    """Returns a model of one MoE node, `moe`: x, router_probs -> y."""
+    experts = experts or Experts()
+    graph = Graph()
+    x, router_probs = inputs_of(graph, experts, shape)
+    weights = graph.weights(experts.arrays(), homes=homes)
+    y = graph.moe(x, router_probs, weights, **{**experts.attributes, **attributes})
+    return graph.model(y, opsets=opsets)
+
+
+def layers(count: int, experts: Experts | None = None, **attributes: Any) -> ir.Model:
+    """Returns MoE nodes `moe0`, `moe1`, ... in a row, each with its own weights."""
+    experts = experts or Experts()
+    graph = Graph()
+    x, router_probs = inputs_of(graph, experts)
+    for index in range(count):
+        own = Experts(**{**vars(experts), "seed": index})
+        weights = graph.weights(own.arrays(), f"layer{index}_")
+        x = graph.moe(
+            x,
+            router_probs,
+            weights,
+            out=f"y{index}",
+            name=f"moe{index}",
+            **{**own.attributes, **attributes},
+        )
+    return graph.model(x)
+
+
+def branches(
+    then_body: Callable[[Graph, ir.Value, ir.Value], ir.Value],
+    else_body: Callable[[Graph, ir.Value, ir.Value], ir.Value],
+    graph: Graph | None = None,
+) -> ir.Model:
+    """Returns `y = If(flag)`, whose bodies see x and router_probs and may use `graph`'s weights.
+
+    Args:
+        then_body: Fills a body and returns its output.
+        else_body: The same for the other one.
+        graph: The outer graph, with whatever the bodies share.
+    """
+    graph = graph or Graph()
+    flag = graph.input("flag", np.bool_, ())
+    x, router_probs = inputs_of(graph, Experts())
+    bodies: dict[str, Any] = {}
+    for name, fill in (("then_branch", then_body), ("else_branch", else_body)):
+        body = Graph()
+        bodies[name] = body.done(fill(body, x, router_probs))
+    y = graph.op("If", flag, out="y", like=x, name="if", **bodies)
+    return graph.model(y)
+
+
+def inputs_of(
+    graph: Graph, experts: Experts, shape: Sequence[int] = (6,), prefix: str = ""
+) -> tuple[ir.Value, ir.Value]:
+    """Adds the graph inputs x and router_probs, whose token counts are left open."""
+    batch = [f"{prefix}batch{axis}" for axis in range(len(shape))]
+    x = graph.input(f"{prefix}x", experts.dtype, (*batch, experts.hidden))
+    router = graph.input(f"{prefix}router_probs", experts.dtype, ("tokens", experts.experts))
+    return x, router
+
+
+def run(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> list[Array]:
+    """Checks a model, runs it in onnxruntime on the CPU and returns its outputs."""
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    onnx.checker.check_model(proto)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return [np.asarray(output) for output in session.run(None, dict(feeds))]
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """Returns |actual - expected| / |expected|, after checking that the shapes agree."""
+    assert actual.shape == expected.shape
+    wide = expected.astype(np.float64)
+    return float(np.linalg.norm(actual.astype(np.float64) - wide) / np.linalg.norm(wide))
+
+
+def quantized(weight: Array, spec: Spec) -> Array:
+    """Returns what [E, N, K] weights mean after round-to-nearest, by the plain numpy quantizer."""
+    return np.stack([rtn_numpy(expert, spec).dequantize() for expert in weight])
+
+
+def expected(
+    arrays: Mapping[str, Array], feeds: Mapping[str, Array], spec: Spec | None, **attributes: Any
+) -> Array:
+    """Returns what a MoE computes in float64, on quantized weights where `spec` is given."""
+    real: dict[str, Any] = {
+        name: quantized(array, spec) if spec and name in ("fc1", "fc2") else array
+        for name, array in arrays.items()
+    }
+    return reference.moe(feeds["x"], feeds["router_probs"], **real, **attributes)
+
+
+def nodes_of(model: ir.Model, *op_types: str) -> list[ir.Node]:
+    """Returns the MoE or QMoE nodes of a model, in subgraphs and functions too."""
+    return list(ops.nodes(model, *op_types))
+
+
+def the_node(model: ir.Model, op_type: str = "QMoE") -> ir.Node:
+    """Returns the only node of this operator."""
+    (node,) = nodes_of(model, op_type)
+    return node

@@ -1,0 +1,161 @@
+"""The arrows between modules: imports only point upwards, and heavy ones come late."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import qmoe_rules
+
+PACKAGE = Path(qmoe_rules.__file__).parent
+MAX_LINES = 400
+
+# The rooms from top to bottom. A module may import what stands above it, not its own row.
+NUMBERS = (
+    "errors",
+    "formats",
+    "quantized",
+    "quantizers",
+    "layouts",
+    "targets",
+    "recipe",
+)
+GRAPHS = ("ops", "weights", "lazy", "report", "rules", "passes")
+EDGES = ("loading", "saving", "pipeline", "inspection", "reference")
+ORDER = (*NUMBERS, *GRAPHS, *EDGES, "cli", "__init__", "__main__")
+
+LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file of the package."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The dotted name, without the package's own; `__init__` for the package itself."""
+        parts = self.path.relative_to(PACKAGE).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+    @property
+    def room(self) -> str:
+        """The first part of the name: a module, or a folder of modules."""
+        return self.name.split(".")[0]
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+    def imports(self, *, top_level: bool = False) -> Iterator[str]:
+        """Yields the modules that are imported, anywhere or when this one is."""
+        for node in _executed(self.tree) if top_level else ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.name} has a relative import"
+                # `from package import module` names a module too.
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+    def imported_packages(self, *, top_level: bool = False) -> set[str]:
+        return {name.split(".")[0] for name in self.imports(top_level=top_level)}
+
+    def imported_rooms(self) -> set[str]:
+        names = [name.split(".") for name in self.imports()]
+        return {parts[1] for parts in names if parts[0] == "qmoe_rules"}
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes that run when the module is imported: all but function bodies."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            yield from _executed(node)
+
+
+MODULES = [Module(path) for path in sorted(PACKAGE.rglob("*.py"))]
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+
+
+@each_module
+def test_every_module_has_a_room(module: Module) -> None:
+    assert module.room in ORDER
+
+
+def test_every_room_exists() -> None:
+    assert set(ORDER) - {"__main__"} <= {module.room for module in MODULES}
+
+
+@each_module
+def test_imports_only_point_upwards(module: Module) -> None:
+    if module.room == "__init__":
+        return
+    above = set(ORDER[: ORDER.index(module.room)]) | {module.room}
+    assert module.imported_rooms() <= above
+
+
+@each_module
+def test_only_rules_import_onnxscript(module: Module) -> None:
+    assert "onnxscript" not in module.imported_packages() or module.room == "rules"
+
+
+@each_module
+def test_numbers_know_no_graph(module: Module) -> None:
+    if module.room in (*NUMBERS, "reference"):
+        assert module.imported_packages().isdisjoint({"onnx", "onnx_ir", "onnxruntime"})
+
+
+@each_module
+def test_the_runtime_is_imported_late(module: Module) -> None:
+    assert module.imported_packages(top_level=True).isdisjoint({"onnxruntime", "hypothesis"})
+
+
+@each_module
+def test_numba_has_a_room_of_its_own(module: Module) -> None:
+    assert "numba" not in module.imported_packages() or module.name == "quantizers._kernels"
+
+
+@each_module
+def test_files_stay_short(module: Module) -> None:
+    assert len(module.path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@each_module
+def test_public_names_exist(module: Module) -> None:
+    if module.name.split(".")[-1].startswith("_") and module.name != "__init__":
+        return
+    dotted = "qmoe_rules" if module.name == "__init__" else f"qmoe_rules.{module.name}"
+    imported = importlib.import_module(dotted)
+    names = imported.__all__
+    assert len(set(names)) == len(names)
+    missing = [name for name in names if not hasattr(imported, name)]
+    assert not missing
+    assert all(not name.startswith("_") for name in names)
+
+
+def test_importing_the_package_is_light() -> None:
+    """In a fresh process: what is not needed for a dry run is not imported."""
+    code = f"import sys, qmoe_rules; print(*[name for name in {LATE!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert set(done.stdout.split()) <= {"onnx"}  # which onnxscript imports
+
+
+def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
+    """Guards the tests above against a walk that finds nothing."""
+    lazy = {module.name: module for module in MODULES}["lazy"]
+    assert {"errors", "formats", "layouts", "quantizers", "weights"} <= lazy.imported_rooms()
+    assert {"numpy", "onnx_ir"} <= lazy.imported_packages(top_level=True)
+    path = tmp_path / "sample.py"
+    path.write_text("import a\nif True:\n    import b.c\ndef f():\n    import onnxruntime\n")
+    assert Module(path).imported_packages(top_level=True) == {"a", "b"}
+    assert Module(path).imported_packages() == {"a", "b", "onnxruntime"}

@@ -1,0 +1,151 @@
+"""The schema tables against the installed runtime, and the views of a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qmoe_rules import ops
+from tests.moe_models import OPSETS, Experts, Graph, inputs_of, single, the_node
+
+
+def schema(op_type: str) -> Any:
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    (found,) = [
+        schema
+        for schema in get_all_operator_schema()
+        if schema.name == op_type and schema.domain == ops.DOMAIN
+    ]
+    return found
+
+
+def test_input_slots_are_those_of_the_runtime() -> None:
+    assert [item.name for item in schema("MoE").inputs] == list(ops.MOE_INPUTS)
+    assert [item.name for item in schema("QMoE").inputs] == list(ops.QMOE_INPUTS)
+
+
+@pytest.mark.parametrize("op_type", ["MoE", "QMoE"])
+def test_attributes_and_defaults_are_those_of_the_runtime(op_type: str) -> None:
+    node = ir.node(op_type, [], domain=ops.DOMAIN)
+    ours = ops.attributes(node)
+    declared = schema(op_type).attributes
+    assert set(ours) == set(declared)
+    # None marks what means something only by being present, even where a default is declared.
+    for name, value in ours.items():
+        default = onnx.AttributeProto.FromString(declared[name]._default_value)
+        if default.type == onnx.AttributeProto.UNDEFINED:
+            assert value is None, name
+        elif value is None:
+            assert onnx.helper.get_attribute_value(default) == 0, name
+        else:
+            given = onnx.helper.get_attribute_value(default)
+            assert value == (given.decode() if isinstance(given, bytes) else given), name
+
+
+def test_every_input_has_an_entry() -> None:
+    given = ops.inputs(the_node(single(Experts(bias=False)), "MoE"))
+    names = {name: value.name for name, value in given.items() if value is not None}
+    assert list(given) == list(ops.MOE_INPUTS)
+    assert names == {
+        "input": "x",
+        "router_probs": "router_probs",
+        "fc1_experts_weights": "fc1",
+        "fc2_experts_weights": "fc2",
+    }
+
+
+@pytest.mark.parametrize("empty", [None, ir.Value(name="")], ids=["None", "unnamed value"])
+def test_empty_inputs_are_missing_inputs(empty: ir.Value | None) -> None:
+    node = ir.node("MoE", [ir.val("x"), empty, ir.val("fc1"), empty], domain=ops.DOMAIN)
+    assert [name for name, value in ops.inputs(node).items() if value is not None] == [
+        "input",
+        "fc1_experts_weights",
+    ]
+
+
+def test_given_attributes_replace_defaults() -> None:
+    node = the_node(single(k=3, swiglu_limit=7.0), "MoE")
+    values = ops.attributes(node)
+    assert (values["k"], values["swiglu_limit"], values["activation_type"]) == (3, 7.0, "swiglu")
+    assert (values["activation_alpha"], values["swiglu_limit_after_activation"]) == (1.0, None)
+    assert ops.refuse_unknown(node) is None
+
+
+def test_unknown_attributes_are_named() -> None:
+    node = the_node(single(made_up=3, block_size=32), "MoE")
+    assert ops.refuse_unknown(node) == "QMoE has no attribute 'made_up'"
+
+
+@pytest.mark.parametrize(
+    ("domain", "op_type", "is_moe"),
+    [
+        ("com.microsoft", "MoE", True),
+        ("com.microsoft", "QMoE", False),
+        ("ai.custom", "MoE", False),
+        ("", "MoE", False),
+    ],
+)
+def test_is_op_looks_at_the_domain(domain: str, op_type: str, is_moe: bool) -> None:
+    assert ops.is_op(ir.node(op_type, [], domain=domain), "MoE") == is_moe
+
+
+def test_nodes_are_found_in_graphs_bodies_and_functions() -> None:
+    experts = Experts()
+
+    def fill(graph: Graph, name: str) -> ir.Value:
+        x, router_probs = inputs_of(graph, experts, prefix=f"{name}_")
+        return graph.moe(x, router_probs, graph.weights(experts.arrays()), name=name)
+
+    inner = Graph()
+    function = ir.Function(
+        "local", "Block", graph=inner.done(fill(inner, "function"), opsets=OPSETS), attributes=[]
+    )
+    graph, body = Graph(), Graph()
+    y = fill(graph, "main")
+    bodies: dict[str, Any] = {"then_branch": body.done(fill(body, "body"))}
+    graph.op("If", graph.weight("flag", experts.arrays()["fc1"]), out="z", **bodies)
+    model = graph.model(y, functions=[function])
+    assert [node.name for node in ops.nodes(model, "MoE", "QMoE")] == ["main", "body", "function"]
+    assert list(ops.nodes(model, "QMoE")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "label"),
+    [("moe", "y", "moe"), (None, "y", "y"), ("", "y", "y"), (None, None, "(unnamed)")],
+)
+def test_label_falls_back_to_the_output(name: str | None, output: str | None, label: str) -> None:
+    node = ir.node("MoE", [], domain=ops.DOMAIN, name=name)
+    node.outputs[0].name = output
+    assert ops.label(node) == label
+
+
+def test_static_shape_tells_unknown_sizes_apart() -> None:
+    assert ops.static_shape(None) is None
+    assert ops.static_shape(ir.val("x")) is None
+    assert ops.static_shape(ir.val("x", ir.DataType.FLOAT, ("batch", None, 3))) == (None, None, 3)
+    assert ops.static_shape(ir.val("x", ir.DataType.FLOAT, ())) == ()
+
+
+VALUES = {"activation_type": "swiglu", "swiglu_fusion": 1, "swiglu_limit": None}
+
+
+@pytest.mark.parametrize("shape", [None, ("tokens", "experts"), ("tokens", 4), (7, 4)])
+def test_shapes_that_may_agree_are_accepted(shape: tuple[int | str, ...] | None) -> None:
+    given = dict.fromkeys(ops.MOE_INPUTS) | {
+        "router_probs": ir.val("router_probs", ir.DataType.FLOAT, shape)
+    }
+    assert ops.refuse_shapes((4, 6, 8), (4, 8, 3), given, VALUES) is None
+
+
+@pytest.mark.parametrize("shape", [(4,), ("batch", "sequence", 4)])
+def test_shapes_of_another_rank_disagree(shape: tuple[int | str, ...]) -> None:
+    given = dict.fromkeys(ops.MOE_INPUTS) | {
+        "router_probs": ir.val("router_probs", ir.DataType.FLOAT, shape)
+    }
+    reason = ops.refuse_shapes((4, 6, 8), (4, 8, 3), given, VALUES)
+    assert reason is not None
+    assert reason.endswith("the weights ask for [?, 4]")

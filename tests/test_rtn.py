@@ -1,0 +1,494 @@
+"""Round to nearest: two engines that must agree, a definition, and ONNX Runtime's own tool."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec, pack, unpack
+from qmoe_rules.quantized import QuantizedWeights
+from qmoe_rules.quantizers.rtn import rtn, rtn_numpy, smallest_scale
+
+Weight = npt.NDArray[np.generic]
+DType = np.dtype[np.generic]
+Engine = Callable[[Weight, Spec], QuantizedWeights]
+
+# The package's attribute of this name is the function.
+rtn_module = importlib.import_module("qmoe_rules.quantizers.rtn")
+
+DTYPES = list(SCALE_DTYPES.values())
+SPECS = [Spec(FORMATS[name], block) for name in FORMATS for block in (0, 16, 32, 64, 128)]
+ROWS, COLUMNS = 8, 256
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+each_engine = pytest.mark.parametrize("engine", [rtn, rtn_numpy], ids=["compiled", "numpy"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_engine() -> None:
+    """Without it, every comparison of the engines would compare numpy with itself."""
+    assert rtn_module._kernels() is not None
+
+
+def assert_same(one: QuantizedWeights, other: QuantizedWeights) -> None:
+    """Byte for byte: signs of zeros count."""
+    assert one.spec == other.spec
+    assert one.scales.dtype == other.scales.dtype
+    np.testing.assert_array_equal(one.packed, other.packed, err_msg=f"codes, {one.spec}")
+    ours, theirs = (q.scales.view(f"u{q.scales.itemsize}") for q in (one, other))
+    np.testing.assert_array_equal(ours, theirs, err_msg=f"patterns of scales, {one.spec}")
+
+
+def limits(dtype: DType) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
+def ordinary(dtype: DType, seed: int = 0) -> Weight:
+    """Normally distributed weights, as a trained layer has them."""
+    return np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(dtype)
+
+
+def nasty(dtype: DType) -> dict[str, Weight]:
+    """Weights by what is difficult about them."""
+    rng = np.random.default_rng(0)
+    info = limits(dtype)
+    shape = (ROWS, COLUMNS)
+    heavy = np.clip(rng.standard_t(1, shape) * 0.02, -100, 100)
+    zero_rows, zero_blocks = heavy.copy(), heavy.copy()
+    zero_rows[[0, 3, ROWS - 1]] = 0
+    zero_blocks[:, 16:48] = 0
+    zero_blocks[2, 128:] = 0
+    tiny = float(info.smallest_subnormal)
+    found = {
+        "ordinary": rng.standard_normal(shape),
+        "heavy tails": heavy,
+        "rows of zeros": zero_rows,
+        "blocks of zeros": zero_blocks,
+        "negative zeros": np.full(shape, -0.0),
+        "zeros of both signs": rng.choice([0.0, -0.0], shape),
+        "subnormals": rng.integers(-300, 301, shape) * tiny,
+        "the smallest subnormal alone": np.where(rng.random(shape) < 0.01, tiny, 0.0),
+        "its negative alone": np.where(rng.random(shape) < 0.01, -tiny, 0.0),
+        "the largest finite": rng.choice([1.0, -1.0, 0.0, 0.4], shape) * float(info.max),
+        "ties of +m and -m": rng.choice([3.0, -3.0, 1.5, 0.0], shape),
+        "ties between codes": rng.integers(-16, 16, shape) * 0.5,
+        "scales around their smallest": rng.standard_normal(shape)
+        * float(smallest_scale(dtype))
+        * 2.0 ** rng.integers(-4, 9, (ROWS, 1)),
+    }
+    return {name: weight.astype(dtype) for name, weight in found.items()}
+
+
+@st.composite
+def finite_weights(draw: st.DrawFn) -> tuple[Weight, Spec]:
+    """Weights made of any bit patterns but those of infinities and NaN."""
+    dtype = draw(st.sampled_from(DTYPES))
+    spec = Spec(FORMATS[draw(st.sampled_from(list(FORMATS)))], draw(st.sampled_from([0, 16, 32])))
+    pattern = np.dtype(f"u{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(pattern)
+    sign = 1 << (8 * dtype.itemsize - 1)
+    extremes = [0, 1, int(infinity) - 1]
+    elements = st.one_of(
+        st.integers(0, 2 * sign - 1),
+        st.sampled_from([*extremes, *(sign | bits for bits in extremes)]),
+    )
+    shape = (draw(st.integers(1, 3)), 32 * draw(st.integers(1, 2)))
+    bits = draw(hnp.arrays(pattern, shape, elements=elements))
+    lowest_exponent_bit = infinity & ~(infinity << 1)
+    bits = np.where(bits & infinity == infinity, bits ^ lowest_exponent_bit, bits)
+    return bits.view(dtype), spec
+
+
+# The two engines.
+
+
+@each_dtype
+@pytest.mark.parametrize("name", list(nasty(DTYPES[0])))
+def test_the_engines_write_the_same_bytes(name: str, dtype: DType) -> None:
+    weight = nasty(dtype)[name]
+    for spec in SPECS:
+        assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
+
+
+@settings(max_examples=150, deadline=None)
+@given(finite_weights())
+def test_the_engines_write_the_same_bytes_for_any_finite_patterns(
+    drawn: tuple[Weight, Spec],
+) -> None:
+    weight, spec = drawn
+    assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
+
+
+# The definition.
+
+
+def assert_meets_the_definition(quantized: QuantizedWeights, weight: Weight) -> None:
+    """Holds scales and codes against the definition in float64.
+
+    A row's scale is max|w| / 2^(bits-1); a block's takes the sign that sends its peak (the
+    negative one of a tie) to the lowest code. A code is the nearest one that exists.
+    """
+    spec, dtype = quantized.spec, weight.dtype
+    half_range = spec.format.zero_point
+    blocks = weight.astype(np.float64).reshape(len(weight), spec.blocks(weight.shape[1]), -1)
+    size = np.abs(blocks).max(axis=2)
+    sign = np.where(blocks.min(axis=2) == -size, 1, -1) if spec.block_size else 1
+    rounded = (size / half_range).astype(dtype).astype(np.float64)
+    least = np.where(size > 0, float(smallest_scale(dtype)), 0)
+    scales = sign * np.maximum(rounded, least)
+    assert quantized.scales.dtype == dtype
+    np.testing.assert_array_equal(quantized.scales.reshape(scales.shape).astype(float), scales)
+
+    steps = np.divide(blocks, scales[..., None], where=size[..., None] > 0, out=blocks * 0)
+    codes = quantized.codes.reshape(blocks.shape).astype(np.int64)
+    reachable = np.clip(steps, -half_range, half_range - 1)
+    # Half a step, and what a float32 product with a float32 reciprocal may add to it.
+    worst = np.abs(codes - half_range - reachable).max()
+    assert worst <= 0.5 + half_range * 2.0**-22
+
+
+@each_engine
+@each_dtype
+@pytest.mark.parametrize("name", list(nasty(DTYPES[0])))
+def test_scales_and_codes_meet_the_definition(engine: Engine, name: str, dtype: DType) -> None:
+    weight = nasty(dtype)[name]
+    for spec in SPECS:
+        assert_meets_the_definition(engine(weight, spec), weight)
+
+
+@each_engine
+@settings(max_examples=100, deadline=None)
+@given(drawn=finite_weights())
+def test_any_finite_patterns_meet_the_definition(
+    engine: Engine, drawn: tuple[Weight, Spec]
+) -> None:
+    weight, spec = drawn
+    assert_meets_the_definition(engine(weight, spec), weight)
+
+
+@each_engine
+@each_dtype
+def test_a_worked_example(engine: Engine, dtype: DType) -> None:
+    """Peaks 4 and -4 with 4 bits: steps of a half."""
+    block = [4.0, 3.6, 0.5, 0.2, 0.0, -0.3, -3.5, -3.9]
+    weight = np.array([block * 2, [-w for w in block] * 2], dtype)
+    by_row = engine(weight, Spec(FORMATS["int4"]))
+    assert by_row.scales.tolist() == [0.5, 0.5]
+    assert by_row.codes[:, :8].tolist() == [
+        [15, 15, 9, 8, 8, 7, 1, 0],  # the positive peak has no code of its own
+        [0, 1, 7, 8, 8, 9, 15, 15],
+    ]
+    by_block = engine(weight, Spec(FORMATS["int4"], 16))
+    assert by_block.scales.tolist() == [[-0.5], [0.5]]
+    assert by_block.codes[:, :8].tolist() == [[0, 1, 7, 8, 8, 9, 15, 15]] * 2
+
+
+@each_engine
+@each_dtype
+@each_spec
+def test_the_peak_of_every_block_is_kept_exactly(engine: Engine, dtype: DType, spec: Spec) -> None:
+    """With code 0; a row keeps a negative peak, and cuts a positive one by exactly one step."""
+    weight = nasty(dtype)["heavy tails"]
+    quantized = engine(weight, spec)
+    groups = (ROWS, spec.blocks(COLUMNS), -1)
+    blocks = weight.astype(np.float64).reshape(groups)
+    place = np.abs(blocks).argmax(axis=2)[..., None]
+    peak = np.take_along_axis(blocks, place, 2)
+    code = np.take_along_axis(quantized.codes.reshape(groups), place, 2)
+    meant = np.take_along_axis(quantized.dequantize().reshape(groups), place, 2)
+    kept = (peak < 0) | (spec.block_size > 0)
+    cut = np.abs(quantized.scales.astype(np.float64)).reshape(peak.shape)
+    assert kept.any()
+    np.testing.assert_array_equal(code, np.where(kept, 0, spec.format.max_code))
+    np.testing.assert_array_equal(meant, np.where(kept, peak, peak - cut).astype(np.float32))
+
+
+@each_engine
+@each_dtype
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zeros_stay_zeros(engine: Engine, dtype: DType, zero: float) -> None:
+    weight = np.full((2, COLUMNS), zero, dtype)
+    for spec in SPECS:
+        quantized = engine(weight, spec)
+        assert (quantized.codes == spec.format.zero_point).all()
+        assert (quantized.scales.astype(np.float32) == 0).all()
+        assert (quantized.dequantize() == 0).all()
+
+
+@each_engine
+@each_dtype
+def test_a_scale_that_would_underflow_does_not_erase_its_block(
+    engine: Engine, dtype: DType
+) -> None:
+    """A peak of the smallest scale is one step, whichever sign it has."""
+    least = float(smallest_scale(dtype))
+    for spec in SPECS:
+        for peak in (least, -least):
+            weight = np.zeros((1, COLUMNS), dtype)
+            weight[:, ::16] = peak
+            quantized = engine(weight, spec)
+            np.testing.assert_array_equal(quantized.dequantize(), weight.astype(np.float32))
+
+
+# Algebra.
+
+
+@each_dtype
+@each_spec
+def test_a_power_of_two_goes_into_the_scales_and_leaves_the_codes(dtype: DType, spec: Spec) -> None:
+    weight = (np.random.default_rng(0).integers(-512, 513, (ROWS, COLUMNS)) / 64).astype(dtype)
+    base = rtn(weight, spec)
+    for exponent in (-6, -1, 1, 6):
+        factor = np.float32(2.0**exponent)  # nothing is rounded on the way back to dtype
+        scaled, scales = (
+            (a.astype(np.float32) * factor).astype(dtype) for a in (weight, base.scales)
+        )
+        assert_same(rtn(scaled, spec), QuantizedWeights(base.packed, scales, spec))
+
+
+@each_dtype
+@each_spec
+def test_quantizing_what_was_quantized_changes_nothing(dtype: DType, spec: Spec) -> None:
+    """Wherever a group holds code 0, as every block does and every row with a negative peak."""
+    weight = ordinary(dtype)
+    if not spec.block_size:
+        weight[:, 7] = -8
+    once = rtn(weight, spec)
+    assert (once.codes.reshape(ROWS, spec.blocks(COLUMNS), -1).min(axis=2) == 0).all()
+    assert_same(rtn(once.dequantize().astype(dtype), spec), once)
+
+
+@each_dtype
+@each_spec
+def test_rows_are_independent(dtype: DType, spec: Spec) -> None:
+    weight, order = ordinary(dtype), np.random.default_rng(1).permutation(ROWS)
+    base = rtn(weight, spec)
+    permuted = QuantizedWeights(base.packed[order], base.scales[order], spec)
+    assert_same(rtn(weight[order], spec), permuted)
+
+
+@each_dtype
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.block_size], ids=str)
+def test_blocks_are_independent(dtype: DType, spec: Spec) -> None:
+    weight, blocks = ordinary(dtype), spec.blocks(COLUMNS)
+    order = np.random.default_rng(1).permutation(blocks)
+    base = rtn(weight, spec)
+    codes = base.codes.reshape(ROWS, blocks, -1)[:, order].reshape(ROWS, COLUMNS)
+    permuted = QuantizedWeights(pack(codes, spec.format.bits), base.scales[:, order], spec)
+    moved = weight.reshape(ROWS, blocks, -1)[:, order].reshape(ROWS, COLUMNS)
+    assert_same(rtn(moved, spec), permuted)
+
+
+# What comes in.
+
+
+@each_engine
+@each_dtype
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("column", [0, 100, COLUMNS - 1])
+def test_weights_that_are_not_finite_are_refused_with_the_first_such_row(
+    engine: Engine, dtype: DType, value: float, column: int
+) -> None:
+    weight = ordinary(dtype)
+    weight[5, column] = value
+    weight[6, 0] = np.inf
+    for spec in SPECS:
+        with pytest.raises(SourceError, match=r"^row 5 holds an infinity or a NaN$"):
+            engine(weight, spec)
+
+
+@each_engine
+@each_dtype
+def test_the_way_weights_lie_in_memory_does_not_matter(engine: Engine, dtype: DType) -> None:
+    weight = ordinary(dtype)
+    wide = np.repeat(weight, 2, axis=1)
+    read_only = weight.copy()
+    read_only.flags.writeable = False
+    views = [np.asfortranarray(weight), wide[:, ::2], weight[::-1, ::-1][::-1, ::-1], read_only]
+    for spec in (Spec(FORMATS["int4"]), Spec(FORMATS["int8"], 32)):
+        for view in views:
+            assert_same(engine(view, spec), engine(weight, spec))
+
+
+@each_engine
+@each_dtype
+def test_the_weights_are_left_alone(engine: Engine, dtype: DType) -> None:
+    weight = nasty(dtype)["heavy tails"]
+    before = weight.tobytes()
+    for spec in SPECS:
+        engine(weight, spec)
+    assert weight.tobytes() == before
+
+
+@each_dtype
+def test_threads_and_repetitions_give_the_same_bytes(dtype: DType) -> None:
+    weights = [ordinary(dtype, seed) for seed in range(8)] * 4
+    spec = Spec(FORMATS["int4"], 32)
+    expected = [rtn(weight, spec) for weight in weights]
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(pool.map(lambda w: rtn(w, spec), weights), expected, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("columns", [2, 6, 10, 4098])
+def test_rows_of_odd_lengths_fill_their_bytes(columns: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((3, columns)).astype(np.float32)
+    for spec in (Spec(FORMATS["int4"]), Spec(FORMATS["int8"])):
+        quantized = rtn(weight, spec)
+        assert quantized.packed.shape == spec.packed_shape(3, columns)
+        assert_same(quantized, rtn_numpy(weight, spec))
+        assert_meets_the_definition(quantized, weight)
+
+
+# The compiled engine's own arithmetic.
+
+
+@pytest.fixture
+def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the import of the compiled engine fail, as it does without numba."""
+    monkeypatch.setitem(sys.modules, "qmoe_rules.quantizers._kernels", None)
+    rtn_module._kernels.cache_clear()
+    yield
+    rtn_module._kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_kernels")
+def test_without_the_compiled_engine_numpy_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Spec] = []
+
+    def watched(weight: Weight, spec: Spec) -> QuantizedWeights:
+        asked.append(spec)
+        return rtn_numpy(weight, spec)
+
+    monkeypatch.setattr(rtn_module, "rtn_numpy", watched)
+    weight, spec = ordinary(DTYPES[0]), Spec(FORMATS["int4"], 32)
+    assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
+    assert asked == [spec]
+
+
+def _kernels() -> Any:
+    return importlib.import_module("qmoe_rules.quantizers._kernels")
+
+
+@pytest.mark.parametrize(("name", "bits"), [("float16", 16), ("bfloat16", 16)])
+def test_every_16_bit_pattern_is_decoded(name: str, bits: int) -> None:
+    kernels, patterns = _kernels(), np.arange(2**bits, dtype=np.uint16)
+    meant = patterns.view(SCALE_DTYPES[name]).astype(np.float32)
+    values = np.empty(2**bits, np.float32)
+    kernels._decode(patterns, getattr(kernels, name.upper()), values)
+    finite = np.isfinite(meant)
+    np.testing.assert_array_equal(values.view(np.uint32)[finite], meant.view(np.uint32)[finite])
+
+
+DECODE_WITHOUT_HALF_INSTRUCTIONS = """
+import platform
+import llvmlite.binding as llvm
+features = llvm.get_host_cpu_features()
+features.pop("f16c", None)
+llvm.get_host_cpu_features = lambda: features
+platform.machine = lambda: "a machine without float16"
+import numpy as np
+from qmoe_rules.quantizers import _kernels
+assert not _kernels._HAS_NATIVE_HALF
+patterns = np.arange(2**16, dtype=np.uint16)
+meant = patterns.view(np.float16).astype(np.float32)
+values = np.empty(2**16, np.float32)
+_kernels._decode(patterns, _kernels.FLOAT16, values)
+finite = np.isfinite(meant)
+np.testing.assert_array_equal(values.view(np.uint32)[finite], meant.view(np.uint32)[finite])
+print(finite.sum())
+"""
+
+
+def test_every_float16_is_decoded_on_processors_that_have_none(tmp_path: Path) -> None:
+    """In a process of its own, with its own cache, so that no kernel compiled here is reused."""
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE_WITHOUT_HALF_INSTRUCTIONS],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2**16 - 2 * 2**10  # all but infinities and NaN
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_scales_are_rounded_to_16_bits_as_numpy_rounds(name: str) -> None:
+    """Near and at the middle between neighbours, from subnormals to the largest number."""
+    kernels, dtype = _kernels(), SCALE_DTYPES[name]
+    last = int(np.array(limits(dtype).max, dtype).view(np.uint16))
+    patterns = np.linspace(0, last, 2000).astype(np.uint16)
+    below = patterns.view(dtype).astype(np.float64)
+    above = np.minimum(patterns + 1, last).astype(np.uint16).view(dtype).astype(np.float64)
+    middle = ((below + above) / 2).astype(np.float32)
+    near = [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))]
+    values = np.concatenate([*near, below.astype(np.float32)])
+    values = np.concatenate([values, -values])
+    kind = getattr(kernels, name.upper())
+    encoded = [kernels._encode_scale(value, kind) for value in values]
+    expected = values.astype(dtype)
+    np.testing.assert_array_equal([pattern for pattern, _ in encoded], expected.view(np.uint16))
+    np.testing.assert_array_equal([value for _, value in encoded], expected.astype(np.float32))
+
+
+# ONNX Runtime's own tool.
+
+
+def quantized_by_onnxruntime(
+    weight: npt.NDArray[np.float32], bits: int, block: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Returns (codes [N, K], scales [N, K/block]) of the tool behind MatMulNBits."""
+    rows, columns = weight.shape
+    blocks = columns // block
+    packed = np.zeros((rows, blocks, block * bits // 8), np.uint8)
+    scales = np.zeros((rows, blocks), np.float32)
+    zero_points = np.zeros((rows, (blocks * bits + 7) // 8), np.uint8)
+    tool = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}[bits]
+    transposed = np.ascontiguousarray(weight.T)
+    tool(packed, transposed, scales, zero_points, block, rows, columns, True)
+    return unpack(packed.reshape(rows, -1), bits), scales
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["ordinary", "heavy tails", "blocks of zeros"])
+def test_blocks_equal_those_of_the_tool_of_onnxruntime(bits: int, block: int, name: str) -> None:
+    weight = nasty(DTYPES[0])[name].astype(np.float32)
+    ours = rtn(weight, Spec(FORMATS[f"int{bits}"], block))
+    codes, scales = quantized_by_onnxruntime(weight, bits, block)
+    np.testing.assert_array_equal(ours.scales, scales)
+    np.testing.assert_array_equal(ours.codes, codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["ties between codes", "ties of +m and -m"])
+def test_only_exact_ties_may_round_unlike_the_tool_of_onnxruntime(bits: int, name: str) -> None:
+    """It rounds them away from zero after adding the zero point, which is up; here, to even."""
+    weight = nasty(DTYPES[0])[name].astype(np.float32)
+    ours = rtn(weight, Spec(FORMATS[f"int{bits}"], 32))
+    codes, scales = quantized_by_onnxruntime(weight, bits, 32)
+    np.testing.assert_array_equal(ours.scales, scales)
+    steps = weight / np.repeat(scales, 32, axis=1)
+    tied = (steps - np.floor(steps) == 0.5) & (steps < 2 ** (bits - 1) - 1)  # and not clipped
+    np.testing.assert_array_equal(ours.codes[~tied], codes[~tied])
+    np.testing.assert_array_equal(ours.codes[tied] % 2, 0)
+    assert np.isin(codes[tied].astype(int) - ours.codes[tied], (0, 1)).all()

@@ -1,0 +1,153 @@
+"""`ExpertWeights`: what counts as a constant weight, and reading it expert by expert."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.weights import ExpertWeights
+from tests.moe_models import Array, Graph
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def weight_of(dtype: Any, shape: tuple[int, ...] = (3, 4, 5)) -> Array:
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+def external(array: Array, path: Path, offset: int = 0) -> ir.ExternalTensor:
+    """Writes an array behind `offset` bytes of something else, with more behind it."""
+    path.write_bytes(b"\xa5" * offset + array.tobytes() + b"\xa5" * 100)
+    return ir.ExternalTensor(
+        path.name,
+        offset,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name="fc1",
+        base_dir=path.parent,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("home", ["initializer", "constant"])
+def test_constants_are_read_one_expert_at_a_time(home: str, dtype: Any) -> None:
+    array = weight_of(dtype)
+    weights = ExpertWeights.of(Graph().weight("fc1", array, home))
+    assert isinstance(weights, ExpertWeights)
+    assert (weights.name, weights.shape, weights.dtype) == ("fc1", (3, 4, 5), np.dtype(dtype))
+    assert weights.nbytes == array.nbytes
+    for index in range(3):
+        expert = weights.expert(index)
+        assert expert.dtype == np.dtype(dtype)
+        assert expert.tobytes() == array[index].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("home", "array", "reason"),
+    [
+        ("computed", weight_of(np.float32), "fc1 is not a constant"),
+        (
+            "input",
+            weight_of(np.float32),
+            "fc1 is a graph input, so its default may be overridden at run time",
+        ),
+        (
+            "overridable",
+            weight_of(np.float32),
+            "fc1 is a graph input, so its default may be overridden at run time",
+        ),
+        ("initializer", weight_of(np.float64), "fc1 is DOUBLE, not FLOAT, FLOAT16 or BFLOAT16"),
+        ("initializer", weight_of(np.uint8), "fc1 is UINT8, not FLOAT, FLOAT16 or BFLOAT16"),
+        ("constant", weight_of(np.float32, (6, 5)), "fc1 has shape [6, 5], not [E, N, K]"),
+    ],
+)
+def test_everything_else_has_a_reason(home: str, array: Array, reason: str) -> None:
+    graph = Graph()
+    value = graph.weight("fc1", array, home)
+    graph.done(value, opsets={"": 21})  # only a graph knows its inputs
+    assert ExpertWeights.of(value) == reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 8, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 16])
+def test_released_experts_can_be_read_again(tmp_path: Path, dtype: Any, offset: int) -> None:
+    """Experts of 1.5 pages or less, so that neighbours share pages."""
+    array = np.random.default_rng(0).standard_normal((4, 32, 48)).astype(dtype)
+    weights = ExpertWeights(external(array, tmp_path / "data", offset), "fc1")
+    views = [weights.expert(index) for index in range(4)]
+    for index in (0, 2, 1, 3):
+        weights.release(index)
+    for index, view in enumerate(views):
+        assert view.tobytes() == array[index].tobytes()
+        assert weights.expert(index).tobytes() == array[index].tobytes()
+
+
+def test_pages_are_dropped_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is dropped with the expert that is read last of those that share it."""
+    page = mmap.PAGESIZE
+    array = np.zeros((3, 3, page // 8), np.float32)  # 1.5 pages per expert
+    tensor = external(array, tmp_path / "data")
+    weights = ExpertWeights(tensor, "fc1")
+    weights.expert(0)
+    dropped = []
+
+    class Recorder:
+        def madvise(self, advice: int, start: int, length: int) -> None:
+            assert advice == mmap.MADV_DONTNEED
+            dropped.append((start, start + length))
+
+    monkeypatch.setattr(tensor, "raw", Recorder())
+    for index in range(3):
+        weights.release(index)
+    assert dropped == [(0, page), (page, 3 * page), (3 * page, 4 * page)]
+
+
+def test_tensors_in_memory_have_no_pages_to_drop() -> None:
+    array = weight_of(np.float32)
+    weights = ExpertWeights(ir.tensor(array), "fc1")
+    weights.release(0)
+    assert weights.expert(0).tobytes() == array[0].tobytes()
+
+
+def test_an_unread_file_has_no_pages_to_drop(tmp_path: Path) -> None:
+    array = weight_of(np.float32)
+    weights = ExpertWeights(external(array, tmp_path / "data"), "fc1")
+    weights.release(0)
+    assert weights.expert(2).tobytes() == array[2].tobytes()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    tensor = external(weight_of(np.float32), tmp_path / "data")
+    (tmp_path / "data").unlink()
+    with pytest.raises(SourceError, match=r"cannot read weight 'layer.fc1': .*data"):
+        ExpertWeights(tensor, "layer.fc1").expert(0)
+
+
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
+    tensor = external(weight_of(np.float32), tmp_path / "data")
+    (tmp_path / "data").write_bytes(b"short")
+    with pytest.raises(SourceError, match="cannot read weight 'fc1'"):
+        ExpertWeights(tensor, "fc1").expert(0)
+
+
+def test_an_array_that_is_made_on_demand_is_made_once_per_sweep() -> None:
+    array, made = weight_of(np.float32), list[int]()
+
+    def make() -> ir.TensorProtocol:
+        made.append(len(made))
+        return ir.Tensor(array)
+
+    weights = ExpertWeights(ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape(array.shape)), "fc1")
+    for sweep in (1, 2):
+        for index in range(3):
+            assert weights.expert(index).tobytes() == array[index].tobytes()
+            assert len(made) == sweep
+            weights.release(index)
