@@ -6,19 +6,23 @@ Exit status: 0 done, 1 a check failed, 2 bad input or usage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
 from qmoe_rules.formats import FORMATS
@@ -42,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process where it is left out.
     """
     arguments = _parser().parse_args(argv)
-    # The tables and the error line say what the log would say.
-    logging.getLogger("qmoe_rules").addHandler(logging.NullHandler())
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status: int = arguments.run(arguments)
+        with _logging():
+            status: int = arguments.run(arguments)
+        sys.stdout.flush()
         return status
     except UnsupportedNodeError as error:
         return _fail(error, 1)
@@ -54,12 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # of standard output: whatever happens to files is a QMoEError
+        _abandon_stdout()
+        # A pipe whose reader has seen enough is no failure.
+        return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, 2)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Shows what the pipeline warns of; the table says what the rules would log."""
+    package, pipeline = logging.getLogger("qmoe_rules"), logging.getLogger("qmoe_rules.pipeline")
+    quiet, shown = logging.NullHandler(), logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("qmoe: %(message)s"))
+    package.addHandler(quiet)
+    pipeline.addHandler(shown)
+    try:
+        yield
+    finally:
+        package.removeHandler(quiet)
+        pipeline.removeHandler(shown)
+
+
+def _abandon_stdout() -> None:
+    """Keeps the interpreter from trying, and failing, to flush standard output at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: object, status: int) -> int:
@@ -195,10 +220,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json([dataclasses.asdict(summary) for summary in summaries])
         return 0
-    if summaries:
-        _console().print(_inspection_table(summaries))
-    else:
-        _console().print("no com.microsoft::MoE or QMoE node found")
+    _print(
+        _inspection_table(summaries) if summaries else "no com.microsoft::MoE or QMoE node found"
+    )
     return 0
 
 
@@ -210,8 +234,18 @@ def _progress_bar() -> AbstractContextManager[Progress | None]:
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+def _print(*things: Table | str) -> None:
+    """Prints tables and plain text; rich renders, but leaves errors of the output to us."""
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        width=shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH,
+        force_terminal=terminal,
+        highlight=False,
+    )
+    for thing in things:
+        console.print(thing, markup=False, emoji=False)
+    sys.stdout.write(cast(io.StringIO, console.file).getvalue())
 
 
 def _print_json(data: object) -> None:
@@ -222,12 +256,10 @@ def _print_report(report: Report, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
         return
-    console = _console()
     if report.rows:
-        console.print(_report_table(report.rows))
-    for warning in dict.fromkeys(text for row in report.rows for text in row.warnings):
-        console.print(f"note: {warning}", markup=False)
-    console.print(report.summary(), markup=False)
+        _print(_report_table(report.rows))
+    warnings = dict.fromkeys(text for row in report.rows for text in row.warnings)
+    _print(*(f"note: {warning}" for warning in warnings), report.summary())
 
 
 def _report_table(rows: Sequence[Row]) -> Table:
@@ -237,7 +269,7 @@ def _report_table(rows: Sequence[Row]) -> Table:
         style = "yellow" if row.status == SKIPPED else None
         sizes = _sizes(row.experts, row.hidden, row.inter)
         before, after = human_bytes(row.bytes_before), human_bytes(row.bytes_after)
-        table.add_row(_plain(row.node), *sizes, _plain(result), before, after, style=style)
+        table.add_row(Text(row.node), *sizes, Text(result), before, after, style=style)
     return table
 
 
@@ -257,13 +289,13 @@ def _inspection_table(summaries: Sequence[NodeSummary]) -> Table:
     )
     for summary in summaries:
         table.add_row(
-            _plain(summary.node),
+            Text(summary.node),
             summary.op,
             summary.dtype,
             *_sizes(summary.experts, summary.hidden, summary.inter),
             str(summary.k),
-            _plain(summary.activation),
-            _plain(summary.stored),
+            Text(summary.activation),
+            Text(summary.stored),
             human_bytes(summary.nbytes),
         )
     return table
@@ -278,11 +310,6 @@ def _table(*titles: str, right: Sequence[int]) -> Table:
 
 def _sizes(*sizes: int) -> tuple[str, ...]:
     return tuple(str(size) if size else "?" for size in sizes)
-
-
-def _plain(text: str) -> str:
-    """Escapes what rich would take for markup."""
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

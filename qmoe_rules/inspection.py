@@ -92,4 +92,6 @@ def _stored(node: ir.Node) -> str:
     width = f"{widths[0]}" if widths[0] == widths[1] else f"{widths[0]}/{widths[1]}"
     block = values["block_size"]
     reach = f"block {block}" if block and block > 0 else "row"
-    return f"{values['quant_type']}{width} {reach}, {_LAYOUTS[values['weights_prepacked']]}"
+    prepacked = values["weights_prepacked"]
+    layout = _LAYOUTS.get(prepacked, f"unknown (weights_prepacked={prepacked})")
+    return f"{values['quant_type']}{width} {reach}, {layout}"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor
@@ -36,8 +36,12 @@ def locate(path: str | os.PathLike[str]) -> Source:
         SourceError: Nothing is there, or the folder holds no model or several.
     """
     given = Path(path)
-    if not given.exists():
-        raise SourceError(f"{given} does not exist")
+    try:
+        given.stat()
+    except FileNotFoundError:
+        raise SourceError(f"{given} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read {given}: {_reason(error)}") from error
     if not given.is_dir():
         return Source(given)
     if (given / "model.onnx").is_file():
@@ -62,16 +66,21 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """
     path = Path(path)
     try:
-        # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
-        model = ir.load(path.absolute())
+        proto = onnx.load(path, load_external_data=False)
+        model = ir.serde.deserialize_model(proto)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+        raise SourceError(f"cannot read {path}: {_reason(error)}") from error
     except Exception as error:  # whatever a parser says about bytes that are no model
-        raise SourceError(f"{path} is not an ONNX model: {_one_line(error)}") from error
+        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
     if not model.graph.outputs:
         raise SourceError(f"{path} is not an ONNX model: its graph has no outputs")
-    _lift_external_constants(model)
+    if proto.graph.sparse_initializer:
+        raise SourceError(f"{path} has sparse initializers, which onnx-ir would lose")
+    # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
+    ir.external_data.set_base_dir(model.graph, path.absolute().parent)
+    folder = path.absolute().parent.resolve()  # of the link, where the file is one, as onnx-ir does
     for tensor in _external_tensors(model):
+        _check_place(tensor, folder)
         _check_extent(tensor)
     return model
 
@@ -83,24 +92,33 @@ def data_files(model: ir.Model) -> set[Path]:
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Yields the external tensors of all graphs, those that planned tensors read from included."""
+    tensors: list[object] = []
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor: object = value.const_value
-            if isinstance(tensor, PlannedTensor):
-                tensor = tensor.projection.weights.tensor
-            if isinstance(tensor, ir.ExternalTensor):
-                yield tensor
+        tensors += [value.const_value for value in graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        tensors += [attribute.value for attribute in node.attributes.values()]
+    for tensor in tensors:
+        source = tensor.projection.weights.tensor if isinstance(tensor, PlannedTensor) else tensor
+        if isinstance(source, ir.ExternalTensor):
+            yield source
 
 
-def _lift_external_constants(model: ir.Model) -> None:
-    """Makes Constant nodes with external data initializers: only those are saved elsewhere."""
-    if any(
-        isinstance(attribute.value, ir.ExternalTensor)
-        for node in model.graph.all_nodes()
-        for attribute in node.attributes.values()
-        if not attribute.is_ref()
-    ):
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+def _check_place(tensor: ir.ExternalTensor, folder: Path) -> None:
+    """Raises SourceError unless the tensor's file is in the model's folder, and only there.
+
+    onnx-ir refuses to read any other; this says so before the work starts.
+    """
+    file = Path(tensor.path).resolve()
+    if folder not in file.parents:
+        raise SourceError(
+            f"tensor {tensor.name!r}: its external data {tensor.location} lie outside the model's "
+            "folder; copy them into it"
+        )
+    if file.exists() and file.stat().st_nlink > 1:
+        raise SourceError(
+            f"tensor {tensor.name!r}: its external data {file} have several hard links, which may "
+            "lead outside the model's folder; copy the file"
+        )
 
 
 def _check_extent(tensor: ir.ExternalTensor) -> None:
@@ -109,8 +127,7 @@ def _check_extent(tensor: ir.ExternalTensor) -> None:
         size = os.stat(tensor.path).st_size
     except OSError as error:
         raise SourceError(
-            f"tensor {tensor.name!r}: cannot read its external data {tensor.path}: "
-            f"{error.strerror or error}"
+            f"tensor {tensor.name!r}: cannot read its external data {tensor.path}: {_reason(error)}"
         ) from error
     offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
     if offset < 0 or length < tensor.nbytes:
@@ -125,6 +142,11 @@ def _check_extent(tensor: ir.ExternalTensor) -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """Returns the first line of what went wrong first: parsers wrap their errors in layers."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]

@@ -15,7 +15,8 @@ from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, KEPT, Report
-from qmoe_rules.saving import Progress, Staging, guard, saved_bytes, write_model
+from qmoe_rules.saving import Progress, guard, saved_bytes, write_model
+from qmoe_rules.staging import Staging, naming_errors, resolved
 
 __all__ = ["plan", "quantize"]
 
@@ -94,8 +95,9 @@ def quantize(
     with Staging(path.parent) as stage:
         if found.folder is not None and path.parent != found.folder.resolve():
             _copy_side_files(found.folder, _model_files(found, model), stage, path.parent)
-        write_model(model, stage, path.name, workers=workers, progress=progress)
+        written = write_model(model, stage, path.name, workers=workers, progress=progress)
         stage.commit(path.name)
+    report.file_bytes_after = written
     return report
 
 
@@ -119,22 +121,24 @@ def _model_files(source: Source, model: ir.Model) -> set[Path]:
 
 def _destination_file(source: Source, destination: Path) -> Path:
     """Returns the .onnx file to write; a destination without that ending is a folder."""
-    if destination.suffix == ".onnx" and not destination.is_dir():
-        return destination.resolve()
-    return (destination / source.model.name).resolve()
+    real = resolved(destination)
+    if destination.suffix == ".onnx" and not real.is_dir():
+        return real
+    return resolved(real / source.model.name)
 
 
 def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, target: Path) -> None:
     """Copies everything in `folder` that is not part of the model into the staging folder."""
     root = folder.resolve()
     for file in sorted(folder.rglob("*")):
-        real = file.resolve()
+        real = Path(os.path.realpath(file))
+        if file.is_symlink() and root not in real.parents:
+            logger.warning("%s is not copied: it leads outside %s", file, folder)
+            continue
         inside_target = target == real or target in real.parents
         if not file.is_file() or real in model_files or inside_target or stage.path in real.parents:
             continue
-        if root not in real.parents:
-            logger.warning("%s is not copied: it leads outside %s", file, folder)
-            continue
         copy = stage.path / file.relative_to(folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
+        with naming_errors(target):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)

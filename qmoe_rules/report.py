@@ -93,11 +93,11 @@ def _sizes(node: ir.Node, given: Mapping[str, ir.Value | None]) -> tuple[int, in
         bits = values["fc2_expert_weight_bits"] or values["expert_weight_bits"]
         columns = hidden * inter
         hidden = (scales[1] or 0) if len(scales) > 1 else 0
-        inter = columns * 8 // bits // hidden if hidden else 0
+        inter = columns * 8 // bits // hidden if hidden and bits > 0 else 0
     return experts, hidden, inter
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """Every MoE of a model, in the order found.
 
@@ -111,6 +111,11 @@ class Report:
     file_bytes_after: int = 0
     # By the node itself: names are unique within one scope only.
     _rows: dict[ir.Node, Row] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Report) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def rows(self) -> list[Row]:
@@ -153,7 +158,10 @@ class Report:
         if self.ratio is None:
             return found
         before, after = human_bytes(self.file_bytes_before), human_bytes(self.file_bytes_after)
-        return f"{found}; model {before} -> {after} ({self.ratio:.2f}x smaller)"
+        ratio, change = self.ratio, "smaller"
+        if ratio < 1:
+            ratio, change = 1 / ratio, "larger"
+        return f"{found}; model {before} -> {after} ({ratio:.2f}x {change})"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain data: counts, sizes and rows."""
@@ -174,9 +182,9 @@ class Report:
 
 def human_bytes(count: int) -> str:
     """Returns a byte count as people read it, such as `"1.5 GB"` (powers of 1000)."""
+    units = ["B", "kB", "MB", "GB", "TB"]
     size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+    while float(f"{size:.3g}") >= 1000 and len(units) > 1:
         size /= 1000
-    return f"{size:.3g} TB"
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if size >= 1000 else f"{size:.3g} {units[0]}"

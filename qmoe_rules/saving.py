@@ -14,25 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
-from qmoe_rules.errors import SaveError
+from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.lazy import PlannedTensor, Projection
 from qmoe_rules.loading import data_files
-from qmoe_rules.report import human_bytes
+from qmoe_rules.staging import Staging, naming_errors, resolved
 
-__all__ = ["Progress", "Staging", "save", "saved_bytes", "write_model"]
+__all__ = ["Progress", "guard", "save", "saved_bytes", "write_model"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all) as a save goes on, never by two threads at once."""
@@ -64,12 +62,13 @@ def save(
         SaveError: The destination is a file that the model still reads from, cannot be written,
             or the disk is full. Nothing has changed then.
         SourceError: A weight cannot be read, or holds an infinity or a NaN.
+        ConfigError: `workers` is not positive.
 
     Example:
         >>> import onnx_ir as ir
         >>> # save(rewriter.rewrite(ir.load("model.onnx"), rules), "quantized/model.onnx")
     """
-    path = Path(path).resolve()
+    path = resolved(Path(path))
     guard(model, path)
     with Staging(path.parent) as stage:
         write_model(model, stage, path.name, workers=workers, progress=progress)
@@ -77,16 +76,19 @@ def save(
 
 
 def guard(model: ir.Model, path: Path, sources: frozenset[Path] = frozenset()) -> None:
-    """Raises SaveError where saving to `path` would replace a file that the model reads from.
+    """Raises SaveError where `path` is a folder, or saving there would touch a source.
 
     Args:
         model: The model to save.
         path: The resolved .onnx file to write.
         sources: Further resolved files that must not be touched.
     """
-    touched = {path, *_own_data_files(path)}
-    for source in sorted(touched & (data_files(model) | sources)):
-        raise SaveError(f"refusing to overwrite {source}: the model still reads from it")
+    if path.is_dir():
+        raise SaveError(f"cannot write {path}: it is a folder")
+    for source in sorted(data_files(model) | sources):
+        beside = source.parent == path.parent and _is_data_name(source.name, path.name)
+        if source == path or beside:
+            raise SaveError(f"refusing to overwrite {source}: the model still reads from it")
 
 
 def write_model(
@@ -96,94 +98,41 @@ def write_model(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> int:
     """Writes a model's .onnx and data file into a staging folder.
 
     Args:
         model: Any model.
         stage: Where to write.
         name: Name of the .onnx file.
-        workers: Threads that compute and write.
+        workers: Threads that compute and write; all processors where it is left out.
         progress: Called as bytes are written.
+
+    Returns:
+        How many bytes were written.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}; it may be any number from 1")
     extents = _lay_out(model)
-    data_name = _fresh_data_name(stage.destination, name)
-    total = _end(extents)
-    proto = _serialize(model, extents, data_name)
-    stage.require_space(total + len(proto))
-    with _naming_errors(stage.destination):
+    with naming_errors(stage.destination):
+        data_name = _fresh_data_name((stage.destination, stage.path), name)
+    with _standing_in(model, extents, data_name):
+        proto = _serialize(model)
+    size = _end(extents) + len(proto)
+    stage.require_space(size)
+    with naming_errors(stage.destination):
         if extents:
             _write_data(extents, stage.path / data_name, workers or os.cpu_count() or 1, progress)
         (stage.path / name).write_bytes(proto)
     stage.obsolete.extend(_own_data_files(stage.destination / name))
+    return size
 
 
 def saved_bytes(model: ir.Model) -> int:
-    """Returns how many bytes `save` would write, without computing anything."""
+    """Returns how many bytes `save` writes as model.onnx, without computing anything."""
     extents = _lay_out(model)
-    return _end(extents) + len(_serialize(model, extents, "model.onnx.data"))
-
-
-class Staging:
-    """A hidden folder whose files appear in the destination folder all at once, or not at all.
-
-    Attributes:
-        destination: The folder that the files are for; it need not exist yet.
-        path: The hidden folder.
-        obsolete: Files of the destination that `commit` deletes in the end.
-    """
-
-    def __init__(self, destination: Path) -> None:
-        self.destination = destination
-        self.obsolete: list[Path] = []
-
-    def __enter__(self) -> Staging:
-        with _naming_errors(self.destination):
-            # Beside a folder that does not exist yet, so that it can appear in one rename.
-            parent = self.destination if self.destination.exists() else self.destination.parent
-            self._made = _make_folders(parent)
-            self.path = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.destination.name}.qmoe-"))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        if error is not None:
-            for folder in reversed(self._made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-    def require_space(self, needed: int) -> None:
-        """Raises SaveError where the disk has less than `needed` bytes left."""
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise SaveError(
-                f"no space on the disk of {self.destination}: {human_bytes(needed)} needed, "
-                f"{human_bytes(free)} free"
-            )
-
-    def commit(self, last: str) -> None:
-        """Moves every file into the destination, the one named `last` at the very end."""
-        with _naming_errors(self.destination):
-            if not self.destination.exists():
-                umask = os.umask(0)
-                os.umask(umask)
-                self.path.chmod(0o777 & ~umask)
-                self.path.rename(self.destination)
-                return
-            files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
-            files.sort(key=lambda file: file == self.path / last)
-            for file in files:
-                target = self.destination / file.relative_to(self.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-        for file in self.obsolete:
-            with contextlib.suppress(OSError):
-                file.unlink()
+    with _standing_in(model, extents, "model.onnx.data", compute=False):
+        return _end(extents) + len(_serialize(model))
 
 
 @dataclass(frozen=True)
@@ -214,34 +163,70 @@ def _end(extents: Sequence[_Extent]) -> int:
     return extents[-1].offset + extents[-1].tensor.nbytes if extents else 0
 
 
-def _serialize(model: ir.Model, extents: Sequence[_Extent], data_name: str) -> bytes:
-    """Returns the .onnx file: the graph with its tensors in `data_name`; the model stays as is."""
-    original = {extent.value: extent.tensor for extent in extents}
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor) and value not in original:
-                # A small tensor moves into the .onnx file: its old data file stays behind.
-                original[value] = value.const_value
-                value.const_value = ir.Tensor(
-                    value.const_value.numpy().copy(), dtype=value.const_value.dtype, name=value.name
-                )
+def _serialize(model: ir.Model) -> bytes:
     try:
-        for extent in extents:
-            extent.value.const_value = ir.ExternalTensor(
-                data_name,
-                extent.offset,
-                extent.tensor.nbytes,
-                extent.tensor.dtype,
-                shape=ir.Shape(extent.tensor.shape.numpy()),
-                name=extent.value.name or "",
-            )
         proto: bytes = ir.serde.serialize_model(model).SerializeToString()
-        return proto
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        if isinstance(cause, SourceError):
+            raise cause from None
+        raise SaveError(f"the graph cannot be stored as an .onnx file: {cause}") from error
     except ValueError as error:
         raise SaveError(f"the graph cannot be stored as an .onnx file: {error}") from error
+    return proto
+
+
+@contextlib.contextmanager
+def _standing_in(
+    model: ir.Model, extents: Sequence[_Extent], data_name: str, *, compute: bool = True
+) -> Iterator[None]:
+    """Lets every tensor of the model stand for its place in the new files, for a while.
+
+    Large initializers stand for their byte ranges of `data_name`; small ones, and the tensors of
+    attributes, are in memory, wherever they lay. Without `compute` planned ones are zeros.
+    """
+    places: dict[ir.Value, ir.TensorProtocol] = {
+        extent.value: ir.ExternalTensor(
+            data_name,
+            extent.offset,
+            extent.tensor.nbytes,
+            extent.tensor.dtype,
+            shape=ir.Shape(extent.tensor.shape.numpy()),
+            name=extent.value.name or "",
+        )
+        for extent in extents
+    }
+    constants: list[tuple[ir.Node, ir.Attr]] = []
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if value not in places and isinstance(tensor, (ir.ExternalTensor, PlannedTensor)):
+                places[value] = _in_memory(tensor, compute)
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if isinstance(attribute.value, ir.ExternalTensor):
+                constants.append((node, attribute))
+    originals = {value: value.const_value for value in places}
+    try:
+        for value, place in places.items():
+            value.const_value = place
+        for node, attribute in constants:
+            node.attributes.add(ir.AttrTensor(attribute.name, _in_memory(attribute.value, True)))
+        yield
     finally:
-        for value, tensor in original.items():
-            value.const_value = tensor
+        for value, original in originals.items():
+            value.const_value = original
+        for node, attribute in constants:
+            node.attributes.add(attribute)
+
+
+def _in_memory(tensor: ir.TensorProtocol, compute: bool) -> ir.Tensor[Any]:
+    planned = isinstance(tensor, PlannedTensor) and not compute
+    shape = tensor.shape.numpy()
+    array = np.zeros(shape, tensor.dtype.numpy()) if planned else tensor.numpy().copy()
+    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _write_data(
@@ -283,11 +268,30 @@ def _tasks(extents: Sequence[_Extent]) -> Iterator[_Task]:
 
 
 def _copy_task(extent: _Extent) -> _Task:
+    tensor: Any = extent.tensor
+    if isinstance(tensor, ir.ExternalTensor) and tensor.length != tensor.nbytes:
+        # A stated length beyond the tensor's own bytes must not spill into the next tensor.
+        tensor = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            base_dir=tensor.base_dir,
+        )
+
     def copy(path: Path, descriptor: int, counter: _Counter) -> None:
         with path.open("r+b") as file:
             file.seek(extent.offset)
-            extent.tensor.tofile(file)  # type: ignore[attr-defined]
-        counter.add(extent.tensor.nbytes)
+            tensor.tofile(file)
+            written = file.tell() - extent.offset
+        if written != extent.tensor.nbytes:
+            raise SourceError(
+                f"tensor {extent.value.name!r} holds {written} bytes, and its shape asks for "
+                f"{extent.tensor.nbytes}"
+            )
+        counter.add(written)
 
     return copy
 
@@ -329,39 +333,30 @@ class _Counter:
 
 
 def _own_data_files(path: Path) -> list[Path]:
-    """Returns the existing data files that belong to the model at `path` by their name."""
-    numbered = (file for file in path.parent.glob("*.data") if _is_numbered(file.name, path.name))
-    first = path.with_name(f"{path.name}.data")
-    return [*([first] if first.exists() else []), *sorted(numbered)]
+    """Returns the data files that the model at `path` reads from and that are named after it."""
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception:  # whatever lies there is no model, and has no data files
+        return []
+    names = {
+        entry.value
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    own = (path.with_name(name) for name in sorted(names) if _is_data_name(name, path.name))
+    return [file for file in own if file.is_file()]
 
 
-def _is_numbered(data_name: str, name: str) -> bool:
-    prefix, suffix = f"{name}.", ".data"
-    middle = data_name[len(prefix) : -len(suffix)]
-    return data_name.startswith(prefix) and data_name.endswith(suffix) and middle.isdigit()
+def _is_data_name(data_name: str, name: str) -> bool:
+    number = data_name.removeprefix(f"{name}.").removesuffix(".data")
+    return data_name == f"{name}.data" or (
+        data_name == f"{name}.{number}.data" and number.isdigit()
+    )
 
 
-def _fresh_data_name(folder: Path, name: str) -> str:
+def _fresh_data_name(folders: Sequence[Path], name: str) -> str:
     candidate, number = f"{name}.data", 1
-    while (folder / candidate).exists():
+    while any((folder / candidate).exists() for folder in folders):
         candidate, number = f"{name}.{number}.data", number + 1
     return candidate
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Creates a folder with its parents and returns those that were missing, outermost first."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
-
-
-@contextlib.contextmanager
-def _naming_errors(destination: Path) -> Iterator[None]:
-    """Turns an operating system error into one that names the destination."""
-    try:
-        yield
-    except SaveError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SaveError(f"cannot write to {destination}: {reason}") from error

@@ -28,7 +28,7 @@ NUMBERS = (
     "recipe",
 )
 GRAPHS = ("ops", "weights", "lazy", "report", "rules", "passes")
-EDGES = ("loading", "saving", "pipeline", "inspection", "reference")
+EDGES = ("loading", "staging", "saving", "pipeline", "inspection", "reference")
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "cli", "__init__", "__main__")
 
 LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich")

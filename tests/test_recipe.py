@@ -116,7 +116,8 @@ NO_SM90 = (
         ({"overrides": "a:bits=8"}, "overrides='a:bits=8'; it is a sequence of overrides"),
         (
             {"overrides": Override("a", (("bits", 8),))},
-            "overrides=Override(pattern='a', settings=(('bits', 8),)); it is a sequence of overrides",
+            "overrides=Override(pattern='a', settings=(('bits', 8),)); "
+            "it is a sequence of overrides",
         ),
         ({"overrides": ["a"]}, f"overrides: 'a' {FORM}"),
         ({"overrides": ["a:bits"]}, f"overrides: 'a:bits' {FORM}"),
