@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, cast
@@ -46,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process where it is left out.
     """
     arguments = _parser().parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding
     try:
-        with _logging():
+        with _logging(), _interrupting_on_sigterm():
             status: int = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except UnsupportedNodeError as error:
         return _fail(error, 1)
@@ -62,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout()
         # A pipe whose reader has seen enough is no failure.
         return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, 2)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -91,6 +92,19 @@ def _fail(error: object, status: int) -> int:
     line = " ".join(str(error).split())
     sys.stderr.write(f"qmoe: {line}\n")
     return status
+
+
+@contextlib.contextmanager
+def _interrupting_on_sigterm() -> Iterator[None]:
+    """Lets a request to stop clean up like Ctrl-C; only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -236,7 +250,7 @@ def _progress_bar() -> AbstractContextManager[Progress | None]:
 
 def _print(*things: Table | str) -> None:
     """Prints tables and plain text; rich renders, but leaves errors of the output to us."""
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     console = Console(
         file=io.StringIO(),
         width=shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH,
@@ -245,11 +259,16 @@ def _print(*things: Table | str) -> None:
     )
     for thing in things:
         console.print(thing, markup=False, emoji=False)
-    sys.stdout.write(cast(io.StringIO, console.file).getvalue())
+    _write(cast(io.StringIO, console.file).getvalue())
+
+
+def _write(text: str) -> None:
+    if sys.stdout is not None:  # it is None where the process was started without one
+        sys.stdout.write(text)
 
 
 def _print_json(data: object) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    _write(json.dumps(data, indent=2) + "\n")
 
 
 def _print_report(report: Report, as_json: bool) -> None:

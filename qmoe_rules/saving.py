@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
@@ -335,17 +334,11 @@ class _Counter:
 def _own_data_files(path: Path) -> list[Path]:
     """Returns the data files that the model at `path` reads from and that are named after it."""
     try:
-        proto = onnx.load(path, load_external_data=False)
+        old = ir.load(path)
     except Exception:  # whatever lies there is no model, and has no data files
         return []
-    names = {
-        entry.value
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    own = (path.with_name(name) for name in sorted(names) if _is_data_name(name, path.name))
-    return [file for file in own if file.is_file()]
+    own = (file for file in data_files(old) if file.parent == path.parent)
+    return sorted(file for file in own if _is_data_name(file.name, path.name) and file.is_file())
 
 
 def _is_data_name(data_name: str, name: str) -> bool:
