@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor
+from qmoe_rules.slices import SlicedTensor
 
 __all__ = ["Source", "data_files", "load", "locate"]
 
@@ -92,15 +93,18 @@ def data_files(model: ir.Model) -> set[Path]:
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Yields the external tensors of all graphs, those that planned tensors read from included."""
-    tensors: list[object] = []
+    found: list[object] = []
     for graph in model.graphs():
-        tensors += [value.const_value for value in graph.initializers.values()]
+        found += [value.const_value for value in graph.initializers.values()]
     for node in model.graph.all_nodes():
-        tensors += [attribute.value for attribute in node.attributes.values()]
-    for tensor in tensors:
-        source = tensor.projection.weights.tensor if isinstance(tensor, PlannedTensor) else tensor
-        if isinstance(source, ir.ExternalTensor):
-            yield source
+        found += [attribute.value for attribute in node.attributes.values()]
+    for tensor in found:
+        sources: tuple[object, ...] = (tensor,)
+        if isinstance(tensor, PlannedTensor):
+            sources = tensor.projection.weights.slices.tensors
+        elif isinstance(tensor, SlicedTensor):
+            sources = tensor.slices.tensors
+        yield from (source for source in sources if isinstance(source, ir.ExternalTensor))
 
 
 def _check_place(tensor: ir.ExternalTensor, folder: Path) -> None:

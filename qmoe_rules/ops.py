@@ -15,6 +15,7 @@ __all__ = [
     "MOE_INPUTS",
     "QMOE_INPUTS",
     "attributes",
+    "discard",
     "in_function",
     "inputs",
     "is_op",
@@ -107,6 +108,22 @@ def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
 def label(node: ir.Node) -> str:
     """Returns what to call a node: its name, or that of its first output."""
     return node.name or (node.outputs[0].name if node.outputs else None) or "(unnamed)"
+
+
+def discard(value: ir.Value) -> None:
+    """Removes a constant that nothing uses, and the nodes and constants that only it used."""
+    pending = [value]
+    while pending:
+        unused = pending.pop()
+        graph = unused.graph
+        if graph is None or unused.uses() or unused.is_graph_output() or unused.is_graph_input():
+            continue
+        node = unused.producer()
+        if node is None:
+            graph.initializers.pop(str(unused.name), None)
+        elif not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            pending += [source for source in node.inputs if source is not None]
+            graph.remove(node, safe=True)
 
 
 def in_function(model: ir.Model, node: ir.Node) -> bool:

@@ -1,59 +1,63 @@
-"""`ExpertWeights`: a constant 3-D weight, read one expert at a time.
+"""`ExpertWeights`: a constant 3-D weight [E, N, K], read one expert at a time.
 
-The array behind an external tensor is a view of the memory-mapped file; `release` gives the pages
-of an expert back to the system after use, so that a sweep over a large model stays small.
+The constant may be an initializer, the output of a Constant node, or what Identity, Cast,
+Transpose, Reshape, Squeeze, Unsqueeze, Concat, Split and Slice make of constants. Exporters leave
+such chains in front of the weights, and folding them would copy every weight.
 """
 
 from __future__ import annotations
 
-import mmap
-import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import SCALE_DTYPES
+from qmoe_rules.slices import (
+    Combined,
+    Joined,
+    Lifted,
+    Picked,
+    SlicedTensor,
+    Slices,
+    TensorSlices,
+    Unlifted,
+)
 
-__all__ = ["ExpertWeights"]
-
-# onnx-ir's ExternalTensor must not be mapped by two threads at once.
-_loading = threading.Lock()
+__all__ = ["ExpertWeights", "resolve"]
 
 
 class ExpertWeights:
     """A view of a constant weight [E, N, K] that hands out one expert at a time.
 
     Attributes:
-        tensor: The tensor that holds the weight.
+        slices: Where the weight is read from.
         name: Its name, for messages.
         shape: (E, N, K).
         dtype: float32, float16 or bfloat16.
     """
 
-    def __init__(self, tensor: ir.TensorProtocol, name: str) -> None:
-        self.tensor = tensor
+    def __init__(self, slices: Slices | ir.TensorProtocol, name: str) -> None:
+        self.slices = slices if isinstance(slices, Slices) else TensorSlices(slices, name)
         self.name = name
-        experts, rows, columns = (int(size) for size in tensor.shape.numpy())
+        experts, rows, columns = self.slices.shape
         self.shape = (experts, rows, columns)
-        self.dtype = SCALE_DTYPES[tensor.dtype.numpy().name]
-        self._stacked: npt.NDArray[np.generic] | None = None
-        self._released = 0
+        self.dtype = self.slices.dtype
 
     @classmethod
     def of(cls, value: ir.Value) -> ExpertWeights | str:
         """Returns the view of a constant value, or the reason why there is none."""
-        if value.is_graph_input():
-            return f"{value.name} is a graph input, so its default may be overridden at run time"
-        tensor = ir.convenience.get_const_tensor(value)
-        if tensor is None:
-            return f"{value.name} is not a constant"
-        if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-            return f"{value.name} is {tensor.dtype.name}, not FLOAT, FLOAT16 or BFLOAT16"
-        if len(tensor.shape) != 3:
-            return f"{value.name} has shape {list(tensor.shape.numpy())}, not [E, N, K]"
-        return cls(tensor, value.name or "weight")
+        slices = resolve(value)
+        if isinstance(slices, str):
+            return slices
+        if slices.dtype.name not in SCALE_DTYPES:
+            dtype = ir.DataType.from_numpy(slices.dtype).name
+            return f"{value.name} is {dtype}, not FLOAT, FLOAT16 or BFLOAT16"
+        if len(slices.shape) != 3:
+            return f"{value.name} has shape {list(slices.shape)}, not [E, N, K]"
+        return cls(slices, value.name or "weight")
 
     @property
     def nbytes(self) -> int:
@@ -65,41 +69,187 @@ class ExpertWeights:
         """Returns the weights [N, K] of one expert; a view where the storage allows it.
 
         Raises:
-            SourceError: The data behind the tensor is missing or too short.
+            SourceError: The data behind the weight is missing or too short.
         """
-        with _loading:
-            if self._stacked is None:
-                self._stacked = self._load()
-            weight: npt.NDArray[np.generic] = self._stacked[index]
+        weight: npt.NDArray[np.generic] = self.slices.read(index, index + 1)[0]
         return weight
 
     def release(self, index: int) -> None:
-        """Says that an expert has been used, so that its memory can go.
-
-        The mapped pages that hold only this expert go back to the system; an array that was made
-        for the purpose goes after all E experts.
-        """
-        with _loading:
-            self._released += 1
-            if self._released % self.shape[0] == 0:
-                self._stacked = None
-        if isinstance(self.tensor, ir.ExternalTensor) and self.tensor.raw is not None:
-            size = self.nbytes // self.shape[0]
-            start = (self.tensor.offset or 0) + index * size
-            _drop_pages(self.tensor.raw, start, start + size)
-
-    def _load(self) -> npt.NDArray[np.generic]:
-        try:
-            array = np.asarray(self.tensor.numpy())
-        except (OSError, ValueError) as error:
-            raise SourceError(f"cannot read weight {self.name!r}: {error}") from error
-        stacked: npt.NDArray[np.generic] = array.reshape(self.shape).view(self.dtype)
-        return stacked
+        """Says that an expert has been used, so that its memory can go."""
+        self.slices.release(index, index + 1)
 
 
-def _drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Drops the pages of a byte range, but the last one where the next expert begins in it."""
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    last = stop // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+def resolve(value: ir.Value) -> Slices | str:
+    """Returns how a constant value is read, through the nodes that rearrange it.
+
+    Returns:
+        The slices, or the reason why the value is not such a constant.
+    """
+    if value.is_graph_input():
+        return f"{value.name} is a graph input, so its default may be overridden at run time"
+    tensor = ir.convenience.get_const_tensor(value)
+    if isinstance(tensor, SlicedTensor):
+        return tensor.slices
+    if tensor is not None:
+        return TensorSlices(tensor, value.name or "weight")
+    node = value.producer()
+    rearrange = _NODES.get(node.op_type) if node is not None and node.domain == "" else None
+    if node is None or rearrange is None:
+        return f"{value.name} is not a constant"
+    try:
+        return rearrange(node, value)
+    except _NotReadableError as reason:
+        return str(reason)
+
+
+class _NotReadableError(Exception):
+    """Why a value cannot be read slice by slice."""
+
+
+def _source(node: ir.Node, index: int = 0) -> Slices:
+    value = node.inputs[index]
+    slices = "an input is missing" if value is None else resolve(value)
+    if isinstance(slices, str):
+        raise _NotReadableError(slices)
+    return slices
+
+
+def _constant(node: ir.Node, index: int) -> list[int] | None:
+    """Returns a small integer input as a list, None where it is left out."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None or value.name == "":
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or value.is_graph_input():
+        raise _NotReadableError(f"{value.name}, which {node.op_type} reads, is not a constant")
+    return [int(number) for number in tensor.numpy().reshape(-1)]
+
+
+def _axis(node: ir.Node, rank: int, default: int = 0) -> int:
+    return node.attributes.get_int("axis", default) % rank
+
+
+def _axes(node: ir.Node) -> list[int]:
+    """Returns the axes of Squeeze and Unsqueeze: an input, or an attribute before opset 13."""
+    return _constant(node, 1) or list(node.attributes.get_ints("axes", ()))
+
+
+def _whole(source: Slices, shape: Sequence[int], function: Callable[[Any], Any]) -> Slices:
+    """Applies a function to the array as a whole; it stays a view where the function makes one."""
+    lifted = Combined([Lifted(source)], (1, *shape), source.dtype, lambda b: function(b[0])[None])
+    return Unlifted(lifted)
+
+
+def _identity(node: ir.Node, value: ir.Value) -> Slices:
+    return _source(node)
+
+
+def _cast(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    dtype = ir.DataType(node.attributes.get_int("to")).numpy()
+    return Combined([source], source.shape, dtype, lambda block: block.astype(dtype))
+
+
+def _transpose(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    order = list(node.attributes.get_ints("perm", ()) or range(len(source.shape))[::-1])
+    shape = [source.shape[axis] for axis in order]
+    if order[0] == 0:
+        return Combined([source], shape, source.dtype, lambda block: block.transpose(order))
+    return _whole(source, shape, lambda array: array.transpose(order))
+
+
+def _reshaped(source: Slices, shape: Sequence[int]) -> Slices:
+    if shape and source.shape and shape[0] == source.shape[0]:
+        return Combined([source], shape, source.dtype, lambda b: b.reshape(len(b), *shape[1:]))
+    return _whole(source, shape, lambda array: array.reshape(shape))
+
+
+def _reshape(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    wanted = _constant(node, 1) or []
+    if not node.attributes.get_int("allowzero", 0):
+        wanted = [source.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
+    known = int(np.prod([size for size in wanted if size >= 0]))
+    total = int(np.prod(source.shape))
+    return _reshaped(source, [total // max(known, 1) if size < 0 else size for size in wanted])
+
+
+def _squeeze(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    rank = len(source.shape)
+    axes = {axis % rank for axis in _axes(node)} or {
+        i for i, size in enumerate(source.shape) if size == 1
+    }
+    return _reshaped(source, [size for i, size in enumerate(source.shape) if i not in axes])
+
+
+def _unsqueeze(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    given = _axes(node)
+    rank = len(source.shape) + len(given)
+    axes = {axis % rank for axis in given}
+    if axes == {0}:
+        return Lifted(source)
+    sizes = iter(source.shape)
+    return _reshaped(source, [1 if axis in axes else next(sizes) for axis in range(rank)])
+
+
+def _concat(node: ir.Node, value: ir.Value) -> Slices:
+    sources = [_source(node, index) for index in range(len(node.inputs))]
+    axis = _axis(node, len(sources[0].shape))
+    if axis == 0:
+        return Joined(sources)
+    shape = list(sources[0].shape)
+    shape[axis] = sum(source.shape[axis] for source in sources)
+    return Combined(sources, shape, sources[0].dtype, lambda *b: np.concatenate(b, axis))
+
+
+def _split(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    axis = _axis(node, len(source.shape))
+    count = len(node.outputs)
+    sizes = _constant(node, 1) or node.attributes.get_ints("split", None)
+    if not sizes:
+        size = -(-source.shape[axis] // count)
+        sizes = [min(size, source.shape[axis] - i * size) for i in range(count)]
+    index = value.index() or 0
+    start = sum(sizes[:index])
+    return _sliced(source, axis, slice(start, start + sizes[index]))
+
+
+def _slice(node: ir.Node, value: ir.Value) -> Slices:
+    source = _source(node)
+    starts, ends = _constant(node, 1) or [], _constant(node, 2) or []
+    axes = _constant(node, 3) or list(range(len(starts)))
+    steps = _constant(node, 4) or [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step < 1:
+            raise _NotReadableError(f"{value.name} is cut out backwards")
+        axis %= len(source.shape)
+        source = _sliced(source, axis, slice(*slice(start, end, step).indices(source.shape[axis])))
+    return source
+
+
+def _sliced(source: Slices, axis: int, cut: slice) -> Slices:
+    shape = list(source.shape)
+    shape[axis] = len(range(*cut.indices(shape[axis])))
+    if axis == 0 and cut.step in (None, 1):
+        return Picked(source, cut.start, cut.start + shape[0])
+    if axis == 0:
+        return _whole(source, shape, lambda array: array[cut])
+    where = (slice(None),) * axis + (cut,)
+    return Combined([source], shape, source.dtype, lambda block: block[where])
+
+
+_NODES: dict[str, Callable[[ir.Node, ir.Value], Slices]] = {
+    "Cast": _cast,
+    "Concat": _concat,
+    "Identity": _identity,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}

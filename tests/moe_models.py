@@ -123,7 +123,7 @@ class Graph:
             return self.op("Constant", out=name, like=array, value=tensor)
         if home == "computed":
             stored = self.weight(f"{name}_stored", array)
-            return self.op("Identity", stored, out=name, like=array)
+            return self.op("Abs", stored, out=name, like=array)
         value = ir.val(name, tensor.dtype, array.shape)
         if home in ("overridable", "input"):
             self.inputs.append(value)

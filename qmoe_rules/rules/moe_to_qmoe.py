@@ -150,15 +150,10 @@ class MoEToQMoE(RewriteRuleClassBase):
             if graph is not None and all(node.graph is None for node in value.consumers()):
                 del graph.initializers[str(value.name)]
         self._planned.clear()
-        for source in list(self._replaced):
-            graph = source.graph
-            if source.uses() or source.is_graph_output() or graph is None:
-                continue
-            if source.is_initializer():
-                del graph.initializers[str(source.name)]
-            else:
-                graph.remove(ops.producer(source), safe=True)
-            del self._replaced[source]
+        for source in self._replaced:
+            ops.discard(source)
+        # What a node of an outer graph still uses is for that graph's clean-up.
+        self._replaced = {source: None for source in self._replaced if source.uses()}
 
     def _examine(self, node: ir.Node, in_function: bool) -> _Conversion | str:
         """Returns the conversion of a node, or the reason why there is none."""
