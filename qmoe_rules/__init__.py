@@ -13,9 +13,12 @@ __all__ = [
     "Target",
     "UnsupportedNodeError",
     "moe_to_qmoe_rules",
+    "normalize_moe_rules",
     "plan",
     "prepare",
+    "qmoe_to_moe_rules",
     "quantize",
+    "relayout_qmoe_rules",
     "save",
 ]
 
@@ -30,6 +33,11 @@ from qmoe_rules.passes import QuantizeMoEPass, prepare
 from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import Report
-from qmoe_rules.rules import moe_to_qmoe_rules
+from qmoe_rules.rules import (
+    moe_to_qmoe_rules,
+    normalize_moe_rules,
+    qmoe_to_moe_rules,
+    relayout_qmoe_rules,
+)
 from qmoe_rules.saving import save
 from qmoe_rules.targets import Target

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from typing import Any, NoReturn, cast
 
 from rich.console import Console
@@ -37,7 +38,7 @@ from qmoe_rules.targets import TARGETS
 
 __all__ = ["main"]
 
-_PIPE_WIDTH = 160  # columns of a table that no terminal limits
+_PIPE_WIDTH = 1000  # columns of a table that no terminal limits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,11 +118,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Quantize the experts of Mixture-of-Experts ONNX models.",
         epilog="exit status: 0 done, 1 a check failed, 2 bad input or usage",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('qmoe-rules')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_command(commands, "plan", _plan, "say what quantize would do; computes nothing")
     command = _add_command(commands, "quantize", _quantize, "write a model with quantized experts")
     command.add_argument("destination", metavar="OUT", help="an .onnx file, or a folder")
-    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: all)")
+    command.add_argument(
+        "--workers", type=positive_number, metavar="N", help="threads (default: all)"
+    )
     for name in ("plan", "quantize"):
         _add_recipe_options(commands.choices[name])
     _add_command(commands, "inspect", _inspect, "list a model's MoE and QMoE nodes")
@@ -140,6 +144,8 @@ def _add_command(
 
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     default = Recipe()
+    # A layout that no target reads is refused with the reason, and not offered.
+    layouts = [name for name in LAYOUTS if not all(t.refuse_layout(name) for t in TARGETS.values())]
     options = command.add_argument_group("recipe")
     options.add_argument(
         "--bits",
@@ -157,7 +163,7 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     )
     for name, choices, text in (
         ("method", METHODS, "how codes are chosen"),
-        ("layout", LAYOUTS, "order of the stored bytes"),
+        ("layout", layouts, "order of the stored bytes"),
         ("target", TARGETS, "where the model must run right"),
     ):
         options.add_argument(
@@ -185,11 +191,12 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fail-if-skipped",
         action="store_true",
-        help="exit 1, and write nothing, if a MoE node cannot be converted",
+        help="exit 1, and write nothing, if a MoE node is skipped (excluded ones too) or none is found",
     )
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
+    """Returns the number that a text spells."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.loading import load, locate
 from qmoe_rules.report import row_of
+from qmoe_rules.weights import resolve
 
 __all__ = ["NodeSummary", "inspect"]
 
@@ -82,7 +83,7 @@ def _dtype(node: ir.Node) -> str:
 def _stored(node: ir.Node) -> str:
     if ops.is_op(node, "MoE"):
         fc1 = ops.inputs(node)["fc1_experts_weights"]
-        constant = fc1 is not None and ir.convenience.get_const_tensor(fc1) is not None
+        constant = fc1 is not None and not isinstance(resolve(fc1), str)
         return "float" if constant else "float, computed by other nodes"
     values = ops.attributes(node)
     widths = [

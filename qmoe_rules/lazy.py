@@ -11,6 +11,7 @@ import itertools
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +24,7 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["PARTS", "PlannedTensor", "Projection", "Slab", "plan_values"]
+__all__ = ["PARTS", "PlannedTensor", "Projection", "Slab", "plan_values", "register_beside"]
 
 PARTS = ("weights", "scales")
 _SUFFIXES = {"weights": "quantized", "scales": "scales"}
@@ -162,11 +163,15 @@ class _Cache:
         with self._lock:
             if key in self._slabs:
                 return
+            # A sweep over more than fits must not drop what it will come back to: other
+            # projections make room, its own slabs do not.
+            while self._size + _nbytes(slab) > self._limit:
+                oldest = next(iter(self._slabs), None)
+                if oldest is None or oldest[0] == key[0]:
+                    return
+                self._size -= _nbytes(self._slabs.pop(oldest))
             self._slabs[key] = slab
             self._size += _nbytes(slab)
-            while self._size > self._limit:
-                _, dropped = self._slabs.popitem(last=False)
-                self._size -= _nbytes(dropped)
 
 
 def _nbytes(slab: Slab) -> int:
@@ -177,9 +182,7 @@ _cache = _Cache(_CACHE_BYTES)
 
 
 def plan_values(source: ir.Value, projection: Projection) -> dict[str, ir.Value]:
-    """Registers the planned parts of a weight as initializers beside the weight.
-
-    A weight that several nodes share is planned once: the values are remembered with it.
+    """Registers the planned parts of a weight as initializers beside the weight, once.
 
     Args:
         source: The constant weight, an initializer or the output of a Constant node.
@@ -188,23 +191,48 @@ def plan_values(source: ir.Value, projection: Projection) -> dict[str, ir.Value]
     Returns:
         The initializers by part, owned by the graph that owns `source`.
     """
+    key = (projection.spec, projection.layout, projection.method)
+    tensors = {
+        part: PlannedTensor(projection, part, f"{source.name}_{suffix}")
+        for part, suffix in _SUFFIXES.items()
+    }
+    return register_beside(source, key, tensors)
+
+
+def register_beside(
+    source: ir.Value, key: Hashable, tensors: Mapping[str, ir.TensorProtocol]
+) -> dict[str, ir.Value]:
+    """Registers what is made of a constant as initializers beside it, once.
+
+    A constant that several nodes share is registered once: the values are remembered with it.
+
+    Args:
+        source: The constant, an initializer or the output of a node.
+        key: What is made of it: equal keys mean equal tensors.
+        tensors: The tensors by part. Their names are wishes, which may be taken.
+
+    Returns:
+        The initializers by part, owned by the graph that owns `source`.
+    """
     graph = source.graph
     if graph is None:
         raise AssertionError(f"{source.name} belongs to no graph")
     memo = source.meta.setdefault(_MEMO, {})
-    key = (projection.spec, projection.layout, projection.method)
     # A clone of the graph carries the memo of the original: believe it only here.
     known: dict[str, ir.Value] = memo.get(key, {})
-    if known and all(graph.initializers.get(str(v.name)) is v for v in known.values()):
+    if known and all(value.graph is graph or value.graph is None for value in known.values()):
+        for value in known.values():
+            if value.graph is None:  # nothing used it for a while
+                value.name = _fresh_name(str(value.name), graph)
+                graph.register_initializer(value)
         return known
     values = {}
-    for part in PARTS:
-        name = _fresh_name(f"{source.name}_{_SUFFIXES[part]}", graph)
-        tensor = PlannedTensor(projection, part, name)
+    for part, tensor in tensors.items():
+        tensor.name = _fresh_name(tensor.name or part, graph)
         value = ir.Value(
-            name=name,
+            name=tensor.name,
             type=ir.TensorType(tensor.dtype),
-            shape=tensor.shape,
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         graph.register_initializer(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor
 from qmoe_rules.slices import SlicedTensor
@@ -75,29 +76,31 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
     if not model.graph.outputs:
         raise SourceError(f"{path} is not an ONNX model: its graph has no outputs")
-    if proto.graph.sparse_initializer:
+    if _has_sparse_initializer(proto.graph):
         raise SourceError(f"{path} has sparse initializers, which onnx-ir would lose")
     # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
-    ir.external_data.set_base_dir(model.graph, path.absolute().parent)
-    folder = path.absolute().parent.resolve()  # of the link, where the file is one, as onnx-ir does
+    for graph in ops.graphs(model):
+        ir.external_data.set_base_dir(graph, path.absolute().parent)
     for tensor in _external_tensors(model):
-        _check_place(tensor, folder)
+        files.resolved_file(tensor)
         _check_extent(tensor)
     return model
 
 
 def data_files(model: ir.Model) -> set[Path]:
     """Returns the resolved paths of every file that the model's tensors still read from."""
-    return {Path(tensor.path).resolve() for tensor in _external_tensors(model)}
+    paths = {tensor.path for tensor in _external_tensors(model)}
+    return {Path(path).resolve() for path in paths}
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Yields the external tensors of all graphs, those that planned tensors read from included."""
     found: list[object] = []
-    for graph in model.graphs():
+    for graph in ops.graphs(model):
         found += [value.const_value for value in graph.initializers.values()]
-    for node in model.graph.all_nodes():
-        found += [attribute.value for attribute in node.attributes.values()]
+        for attribute in (attribute for node in graph for attribute in node.attributes.values()):
+            many = attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref()
+            found += attribute.as_tensors() if many else [attribute.value]
     for tensor in found:
         sources: tuple[object, ...] = (tensor,)
         if isinstance(tensor, PlannedTensor):
@@ -107,22 +110,16 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         yield from (source for source in sources if isinstance(source, ir.ExternalTensor))
 
 
-def _check_place(tensor: ir.ExternalTensor, folder: Path) -> None:
-    """Raises SourceError unless the tensor's file is in the model's folder, and only there.
-
-    onnx-ir refuses to read any other; this says so before the work starts.
-    """
-    file = Path(tensor.path).resolve()
-    if folder not in file.parents:
-        raise SourceError(
-            f"tensor {tensor.name!r}: its external data {tensor.location} lie outside the model's "
-            "folder; copy them into it"
-        )
-    if file.exists() and file.stat().st_nlink > 1:
-        raise SourceError(
-            f"tensor {tensor.name!r}: its external data {file} have several hard links, which may "
-            "lead outside the model's folder; copy the file"
-        )
+def _has_sparse_initializer(graph: onnx.GraphProto) -> bool:
+    if graph.sparse_initializer:
+        return True
+    attributes = (attribute for node in graph.node for attribute in node.attribute)
+    return any(
+        _has_sparse_initializer(body)
+        for attribute in attributes
+        for body in (attribute.g, *attribute.graphs)
+        if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    )
 
 
 def _check_extent(tensor: ir.ExternalTensor) -> None:

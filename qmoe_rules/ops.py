@@ -12,10 +12,13 @@ from qmoe_rules.targets import GATED
 
 __all__ = [
     "DOMAIN",
+    "MOE_ATTRIBUTES",
     "MOE_INPUTS",
     "QMOE_INPUTS",
+    "agree",
     "attributes",
     "discard",
+    "graphs",
     "in_function",
     "inputs",
     "is_op",
@@ -24,6 +27,7 @@ __all__ = [
     "producer",
     "refuse_shapes",
     "refuse_unknown",
+    "slots",
     "static_shape",
 ]
 
@@ -79,6 +83,7 @@ _SHARED_ATTRIBUTES: dict[str, Any] = {
     "swiglu_limit_after_activation": None,
     "use_sparse_mixer": 0,
 }
+MOE_ATTRIBUTES = tuple(_SHARED_ATTRIBUTES)
 _QMOE_ATTRIBUTES: dict[str, Any] = {
     "accuracy_level": None,
     "block_size": None,
@@ -97,10 +102,16 @@ def is_op(node: ir.Node, op_type: str) -> bool:
     return node.domain == DOMAIN and node.op_type == op_type
 
 
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """Yields every graph of a model: the main one, the functions', and the subgraphs of both."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield graph
+        yield from graph.subgraphs()
+
+
 def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
     """Yields the model's nodes of these operators, in subgraphs and functions too."""
-    graphs = (model.graph, *(function.graph for function in model.functions.values()))
-    for node in itertools.chain.from_iterable(graph.all_nodes() for graph in graphs):
+    for node in itertools.chain.from_iterable(graphs(model)):
         if any(is_op(node, op_type) for op_type in op_types):
             yield node
 
@@ -116,7 +127,9 @@ def discard(value: ir.Value) -> None:
     while pending:
         unused = pending.pop()
         graph = unused.graph
-        if graph is None or unused.uses() or unused.is_graph_output() or unused.is_graph_input():
+        # A dry run leaves uses by nodes that never came into a graph.
+        used = any(consumer.graph is not None for consumer in unused.consumers())
+        if graph is None or used or unused.is_graph_output() or unused.is_graph_input():
             continue
         node = unused.producer()
         if node is None:
@@ -153,6 +166,14 @@ def inputs(node: ir.Node) -> dict[str, ir.Value | None]:
     return dict(zip(names, given + [None] * (len(names) - len(given)), strict=False))
 
 
+def slots(op_type: str, given: Mapping[str, ir.Value | None]) -> list[ir.Value | None]:
+    """Returns inputs by schema name in the slots of an operator, without trailing missing ones."""
+    values = [given.get(name) for name in _INPUTS[op_type]]
+    while values and values[-1] is None:
+        values.pop()
+    return values
+
+
 def attributes(node: ir.Node) -> dict[str, Any]:
     """Returns every attribute of a MoE or QMoE node as Python values, defaults filled in.
 
@@ -167,7 +188,7 @@ def attributes(node: ir.Node) -> dict[str, Any]:
 
 
 def refuse_unknown(node: ir.Node) -> str | None:
-    """Returns what a MoE node has that the schemas do not know and QMoE would lose, or None."""
+    """Returns what a MoE or QMoE node has that the schemas do not know, or None."""
     for name in node.attributes:
         if name not in _ATTRIBUTES[node.op_type]:
             return f"QMoE has no attribute {name!r}"
@@ -189,20 +210,25 @@ def refuse_shapes(
     fc2: tuple[int, ...],
     given: Mapping[str, ir.Value | None],
     values: Mapping[str, Any],
+    fc3: tuple[int, ...] | None = None,
 ) -> str | None:
-    """Returns how the shapes of a MoE without fc3 disagree, or None when they agree.
+    """Returns how the shapes of a MoE or QMoE disagree, or None when they agree.
 
-    With F = 2 for gated activations and 1 for others: fc1 [E, F*I, H], fc2 [E, H, I], their
-    biases [E, F*I] and [E, H], router_probs [tokens, E].
+    With F = 2 for gated activations without fc3 and 1 for others: fc1 [E, F*I, H], fc2 [E, H, I],
+    fc3 [E, I, H], biases [E, F*I], [E, H] and [E, I], input [..., H], router_probs
+    [tokens, E].
 
     Args:
         fc1: Shape of the fc1 weight.
         fc2: Shape of the fc2 weight.
         given: The node's inputs, from `inputs`.
         values: The node's attributes, from `attributes`.
+        fc3: Shape of the fc3 weight, None where there is none.
     """
     activation, fusion = values["activation_type"], values["swiglu_fusion"]
-    gated = activation in GATED
+    gated = activation in GATED and fc3 is None
+    if fc3 is not None and fusion:
+        return f"swiglu_fusion={fusion} with fc3, which is the gate's partner already"
     if not gated and fusion:
         return f"swiglu_fusion={fusion} with activation {activation!r}, which has no gate to fuse"
     if gated and not fusion:
@@ -210,25 +236,32 @@ def refuse_shapes(
     if (values["swiglu_limit"] or 0) < 0:
         return f"swiglu_limit={values['swiglu_limit']:g} is negative, which ends the whole process"
     experts, hidden, inter = fc2
+    if not 1 <= values["k"] <= experts:
+        return f"k={values['k']} with {experts} experts"
     expected = (experts, inter * (2 if gated else 1), hidden)
-    if fc1 != expected:
-        return (
-            f"fc1_experts_weights is {list(fc1)}; fc2_experts_weights {list(fc2)} with activation "
-            f"{activation!r} asks for {list(expected)}"
-        )
-    shapes = {
+    for name, found in (("fc1", fc1), ("fc3", fc3)):
+        if found is not None and found != expected:
+            return (
+                f"{name}_experts_weights is {list(found)}; fc2_experts_weights {list(fc2)} with "
+                f"activation {activation!r} asks for {list(expected)}"
+            )
+    rank = len(static_shape(given["input"]) or ())
+    shapes: dict[str, tuple[int | None, ...]] = {
         "fc1_experts_bias": (experts, fc1[1]),
         "fc2_experts_bias": (experts, hidden),
+        "fc3_experts_bias": (experts, inter),
+        "input": (*[None] * (rank - 1), hidden),
         "router_probs": (None, experts),
     }
     for name, shape in shapes.items():
         known = static_shape(given[name])
-        if known is not None and not _agree(known, shape):
+        if known is not None and not agree(known, shape):
             return f"{name} is {_shown(known)}; the weights ask for {_shown(shape)}"
     return None
 
 
-def _agree(known: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
+def agree(known: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
+    """Returns whether known sizes and expected ones can be the same, None standing for any."""
     return len(known) == len(expected) and all(
         a is None or b is None or a == b for a, b in zip(known, expected, strict=True)
     )

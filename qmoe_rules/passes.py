@@ -10,7 +10,7 @@ from onnx_ir.passes.common import InlinePass
 from qmoe_rules import ops
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import Report, row_of
-from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
+from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules, normalize_moe_rules
 
 __all__ = ["QuantizeMoEPass", "prepare"]
 
@@ -83,5 +83,9 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
         inlined = _inline(model)
         for node in ops.nodes(model, "QMoE"):
             self.report.record(node, row_of(node))
-        rewritten = apply_rules(model, moe_to_qmoe_rules(self.recipe, report=self.report))
+        rules = [
+            *normalize_moe_rules(report=self.report),
+            *moe_to_qmoe_rules(self.recipe, report=self.report),
+        ]
+        rewritten = apply_rules(model, rules)
         return ir.passes.PassResult(model, inlined or rewritten)

@@ -14,7 +14,7 @@ from qmoe_rules import ops
 from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
-from qmoe_rules.report import CONVERTED, KEPT, Report
+from qmoe_rules.report import Report
 from qmoe_rules.saving import Progress, guard, saved_bytes, write_model
 from qmoe_rules.staging import Staging, naming_errors, resolved
 
@@ -34,7 +34,7 @@ def plan(
         **recipe_fields: Fields of `Recipe` that differ from `recipe`.
 
     Returns:
-        The report, with the exact size of the file that would be written.
+        The report, with the exact size of what would be written as model.onnx.
 
     Raises:
         ConfigError: The recipe is wrong.
@@ -44,7 +44,8 @@ def plan(
         >>> # print(plan("model.onnx", bits=4, block_size=32).summary())
     """
     recipe = Recipe.of(recipe, **recipe_fields)
-    _, report = _planned(locate(source), recipe)
+    model, report = _planned(locate(source), recipe)
+    report.file_bytes_after = saved_bytes(model)
     return report
 
 
@@ -107,11 +108,15 @@ def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
     quantize_moe = QuantizeMoEPass(recipe)
     quantize_moe(model)
     report = quantize_moe.report
-    present = sum(1 for _ in ops.nodes(model, "QMoE"))
-    if present != report.count(CONVERTED) + report.count(KEPT):
-        raise AssertionError(f"{present} QMoE nodes in the model, but: {report.summary()}")
+    present = sum(1 for _ in ops.nodes(model, "MoE", "QMoE"))
+    if present != len(report.rows):
+        raise AssertionError(f"{present} MoE and QMoE nodes in the model, but: {report.summary()}")
+    names = [row.node for row in report.rows]
+    for pattern in recipe.unmatched(names):
+        logger.warning(
+            "pattern %r matches no node; they are %s", pattern, ", ".join(names) or "none"
+        )
     report.file_bytes_before = before
-    report.file_bytes_after = saved_bytes(model)
     return model, report
 
 
@@ -138,7 +143,18 @@ def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, targe
         inside_target = target == real or target in real.parents
         if not file.is_file() or real in model_files or inside_target or stage.path in real.parents:
             continue
+        if file.suffix == ".onnx" and _reads_from(file, model_files):
+            logger.warning("%s is not copied: it shares data with the model", file)
+            continue
         copy = stage.path / file.relative_to(folder)
         with naming_errors(target):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, copy)
+
+
+def _reads_from(file: Path, model_files: set[Path]) -> bool:
+    """Returns whether another model reads from the files of this one, which are not copied."""
+    try:
+        return bool(data_files(ir.load(file)) & model_files)
+    except Exception:  # no model: a side file like any other
+        return False

@@ -24,11 +24,13 @@ class QuantizedWeights:
         scales: [..., N] for one scale per row, [..., N, K/block_size] for blocks. float32,
             float16 or bfloat16, already rounded to the type that is stored.
         spec: The format and the block size.
+        zero_points: uint8 of the scales' shape, unpacked; None means the format's zero point.
     """
 
     packed: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.generic]
     spec: Spec
+    zero_points: npt.NDArray[np.uint8] | None = None
 
     @property
     def codes(self) -> npt.NDArray[np.uint8]:
@@ -41,8 +43,12 @@ class QuantizedWeights:
         Exact for float16 and bfloat16 scales: an 8-bit integer times an 11-bit significand fits
         in float32's 24 bits.
         """
-        codes = self.codes.astype(np.float32) - np.float32(self.spec.format.zero_point)
+        codes = self.codes.astype(np.float32)
         rows = codes.shape[:-1]
         scales = self.scales.astype(np.float32).reshape(*rows, -1, 1)
         blocks = codes.reshape(*rows, scales.shape[-2], -1)
+        if self.zero_points is None:
+            blocks = blocks - np.float32(self.spec.format.zero_point)
+        else:
+            blocks = blocks - self.zero_points.astype(np.float32).reshape(scales.shape)
         return (blocks * scales).reshape(codes.shape)

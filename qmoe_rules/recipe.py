@@ -144,6 +144,12 @@ class Recipe:
         """Returns whether the node with this name stays in float."""
         return any(_matches(pattern, node) for pattern in self.nodes_to_exclude)
 
+    def unmatched(self, nodes: Iterable[str]) -> list[str]:
+        """Returns the patterns that match none of these nodes, which are likely mistyped."""
+        names = list(nodes)
+        patterns = [*self.nodes_to_exclude, *(override.pattern for override in self._overrides)]
+        return [given for given in patterns if not any(_matches(given, name) for name in names)]
+
     def resolve(self, node: str) -> Recipe:
         """Returns the recipe for one node, with the first override that matches applied."""
         for override in self._overrides:

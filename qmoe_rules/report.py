@@ -12,8 +12,11 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.errors import UnsupportedNodeError
+from qmoe_rules.weights import resolve
 
 __all__ = ["CONVERTED", "KEPT", "SKIPPED", "Report", "Row", "human_bytes", "row_of"]
+
+_KEY = "qmoe_rules.row"
 
 CONVERTED = "converted"
 """A float MoE that became a QMoE."""
@@ -57,8 +60,8 @@ def row_of(node: ir.Node) -> Row:
     """Returns a row with a node's name, sizes and bytes; a QMoE is `KEPT`, a MoE `SKIPPED`."""
     given = ops.inputs(node)
     weights = [value for name, value in given.items() if value and name in _EXPERT_INPUTS]
-    tensors = [tensor for value in weights if (tensor := ir.convenience.get_const_tensor(value))]
-    nbytes = sum(tensor.nbytes for tensor in tensors)
+    constants = [resolve(value) for value in weights]
+    nbytes = sum(slices.nbytes for slices in constants if not isinstance(slices, str))
     experts, hidden, inter = _sizes(node, given)
     kept = ops.is_op(node, "QMoE")
     return Row(
@@ -109,8 +112,9 @@ class Report:
 
     file_bytes_before: int = 0
     file_bytes_after: int = 0
-    # By the node itself: names are unique within one scope only.
-    _rows: dict[ir.Node, Row] = field(default_factory=dict)
+    # By a token that the node carries: names are unique within one scope only, and the node
+    # itself would keep its whole graph alive.
+    _rows: dict[object, Row] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and self.to_dict() == other.to_dict()
@@ -124,7 +128,11 @@ class Report:
 
     def record(self, node: ir.Node, row: Row) -> None:
         """Adds the row of a node, or replaces it: a later sweep knows better."""
-        self._rows[node] = row
+        self._rows[node.meta.setdefault(_KEY, object())] = row
+
+    def forget(self, node: ir.Node) -> None:
+        """Drops the row of a node, which another node will take the place of."""
+        self._rows.pop(node.meta.get(_KEY), None)
 
     def count(self, status: str) -> int:
         """Returns how many nodes have this status."""
@@ -138,15 +146,22 @@ class Report:
         return self.file_bytes_before / self.file_bytes_after
 
     def raise_if_skipped(self) -> None:
-        """Turns the skipped nodes into one error.
+        """Turns skipped nodes, or a model without any MoE, into one error.
 
         Raises:
-            UnsupportedNodeError: Some node was skipped.
+            UnsupportedNodeError: Some node was skipped, or none was found.
         """
-        skipped = [row for row in self.rows if row.status == SKIPPED]
+        if not self.rows:
+            raise UnsupportedNodeError("the model holds no com.microsoft::MoE node")
+        skipped: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.status == SKIPPED:
+                skipped.setdefault(row.reason, []).append(row.node)
         if skipped:
-            reasons = "; ".join(f"{row.node}: {row.reason}" for row in skipped)
-            raise UnsupportedNodeError(f"{len(skipped)} MoE nodes were not converted: {reasons}")
+            reasons = "; ".join(f"{why} ({', '.join(names)})" for why, names in skipped.items())
+            count = self.count(SKIPPED)
+            nodes = "MoE node was" if count == 1 else "MoE nodes were"
+            raise UnsupportedNodeError(f"{count} {nodes} not converted: {reasons}")
 
     def summary(self) -> str:
         """Returns one line that says what was found and what became of it."""
@@ -158,10 +173,16 @@ class Report:
         if self.ratio is None:
             return found
         before, after = human_bytes(self.file_bytes_before), human_bytes(self.file_bytes_after)
-        ratio, change = self.ratio, "smaller"
-        if ratio < 1:
-            ratio, change = 1 / ratio, "larger"
-        return f"{found}; model {before} -> {after} ({ratio:.2f}x {change})"
+        if f"{self.ratio:.2f}" == "1.00":
+            change = "same size"
+        elif self.ratio > 1:
+            change = f"{self.ratio:.2f}x smaller"
+        else:
+            change = f"{1 / self.ratio:.2f}x larger"
+        return f"{found}; model {before} -> {after} ({change})"
+
+    def __str__(self) -> str:
+        return self.summary()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain data: counts, sizes and rows."""

@@ -13,17 +13,18 @@ destination is absent, the complete old model, or the complete new one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
+from qmoe_rules import files, ops
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.lazy import PlannedTensor, Projection
 from qmoe_rules.loading import data_files
@@ -32,7 +33,7 @@ from qmoe_rules.staging import Staging, naming_errors, resolved
 __all__ = ["Progress", "guard", "save", "saved_bytes", "write_model"]
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes in all) as a save goes on, never by two threads at once."""
+"""Called with (bytes written, bytes in all) as a save goes on, by the thread that saves."""
 
 # Smaller tensors stay in the .onnx file, as `onnx_ir.save` does it.
 _THRESHOLD_BYTES = 256
@@ -121,8 +122,9 @@ def write_model(
     stage.require_space(size)
     with naming_errors(stage.destination):
         if extents:
-            _write_data(extents, stage.path / data_name, workers or os.cpu_count() or 1, progress)
+            _write_data(extents, stage.path / data_name, workers or _processors(), progress)
         (stage.path / name).write_bytes(proto)
+    stage.exclusive.add(data_name)
     stage.obsolete.extend(_own_data_files(stage.destination / name))
     return size
 
@@ -156,6 +158,12 @@ def _lay_out(model: ir.Model) -> list[_Extent]:
                 extents.append(_Extent(value, tensor, offset))
                 offset += tensor.nbytes
     return extents
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _end(extents: Sequence[_Extent]) -> int:
@@ -203,7 +211,7 @@ def _standing_in(
             tensor = value.const_value
             if value not in places and isinstance(tensor, (ir.ExternalTensor, PlannedTensor)):
                 places[value] = _in_memory(tensor, compute)
-    for node in model.graph.all_nodes():
+    for node in itertools.chain.from_iterable(ops.graphs(model)):
         for attribute in node.attributes.values():
             if isinstance(attribute.value, ir.ExternalTensor):
                 constants.append((node, attribute))
@@ -221,10 +229,12 @@ def _standing_in(
             node.attributes.add(attribute)
 
 
-def _in_memory(tensor: ir.TensorProtocol, compute: bool) -> ir.Tensor[Any]:
-    planned = isinstance(tensor, PlannedTensor) and not compute
+def _in_memory(tensor: ir.TensorProtocol, compute: bool) -> ir.TensorProtocol:
+    """Returns the same tensor in memory; a planned one as zeros, unless it may be computed."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return files.in_memory(tensor)
     shape = tensor.shape.numpy()
-    array = np.zeros(shape, tensor.dtype.numpy()) if planned else tensor.numpy().copy()
+    array = tensor.numpy() if compute else np.zeros(shape, tensor.dtype.numpy())
     return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
@@ -232,103 +242,126 @@ def _write_data(
     extents: Sequence[_Extent], path: Path, workers: int, progress: Progress | None
 ) -> None:
     """Writes every byte range of the data file, with `workers` threads."""
-    total = _end(extents)
-    counter = _Counter(total, progress)
+    total, done = _end(extents), 0
     with path.open("wb") as file:
         file.truncate(total)
-    with path.open("r+b", buffering=0) as file, ThreadPoolExecutor(workers) as executor:
-        futures = [executor.submit(task, path, file.fileno(), counter) for task in _tasks(extents)]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            executor.shutdown(wait=True, cancel_futures=True)
-            raise
-        if any(future.exception() for future in done):
-            executor.shutdown(wait=True, cancel_futures=True)
-        for future in done:
-            future.result()
+    executor = ThreadPoolExecutor(workers)
+    try:
+        futures = [executor.submit(write, path) for write in _writes(extents)]
+        for future in as_completed(futures):
+            done += future.result()
+            if progress is not None:
+                progress(done, total)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        files.forget()
 
 
-_Task = Callable[[Path, int, "_Counter"], None]
-
-
-def _tasks(extents: Sequence[_Extent]) -> Iterator[_Task]:
+def _writes(extents: Sequence[_Extent]) -> Iterator[_TensorWrite | _SlabWrite]:
     """Yields the pieces of work: one per ordinary tensor, one per expert of a projection."""
-    planned: dict[Projection, dict[str, list[int]]] = {}
+    planned: dict[Projection, list[tuple[str, int]]] = {}
     for extent in extents:
         if isinstance(extent.tensor, PlannedTensor):
-            parts = planned.setdefault(extent.tensor.projection, {})
-            parts.setdefault(extent.tensor.part, []).append(extent.offset)
+            place = (extent.tensor.part, extent.offset)
+            planned.setdefault(extent.tensor.projection, []).append(place)
         else:
-            yield _copy_task(extent)
-    for projection, offsets in planned.items():
+            yield _TensorWrite(extent.tensor, str(extent.value.name), extent.offset)
+    for projection, places in planned.items():
         for expert in range(projection.experts):
-            yield _slab_task(projection, expert, offsets)
+            yield _SlabWrite(projection, expert, tuple(places))
 
 
-def _copy_task(extent: _Extent) -> _Task:
-    tensor: Any = extent.tensor
-    if isinstance(tensor, ir.ExternalTensor) and tensor.length != tensor.nbytes:
-        # A stated length beyond the tensor's own bytes must not spill into the next tensor.
-        tensor = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name or "",
-            base_dir=tensor.base_dir,
+@dataclass(frozen=True)
+class _TensorWrite:
+    """Copies one tensor to its byte range."""
+
+    tensor: ir.TensorProtocol
+    name: str
+    offset: int
+
+    def __call__(self, path: Path) -> int:
+        """Writes to the file and returns how many bytes."""
+        with path.open("r+b") as file:
+            file.seek(self.offset)
+            sized = _SizedWriter(file, self.name, self.tensor.nbytes)
+            self._copy_to(sized)
+            return sized.finish()
+
+    def _copy_to(self, file: _SizedWriter) -> None:
+        try:
+            if isinstance(self.tensor, ir.ExternalTensor):
+                # Not its own tofile: a stated length beyond the tensor would spill into the next.
+                for chunk in files.chunks(self.tensor):
+                    file.write(chunk)
+            else:
+                self.tensor.tofile(file)  # type: ignore[attr-defined]
+        except _WriteError as error:
+            raise error.cause from None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"cannot read tensor {self.name!r}: {error}") from error
+
+
+class _WriteError(Exception):
+    """An error of the destination, told apart from one of the source."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _SizedWriter:
+    """Hands bytes on to a file, and no more of them than the tensor's shape asks for."""
+
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+        self._file = file
+        self._name = name
+        self._size = size
+        self._written = 0
+
+    def write(self, data: Any) -> int:
+        """Writes bytes, as a file does."""
+        count = memoryview(data).nbytes
+        self._written += count
+        if self._written > self._size:
+            raise self._wrong_size()
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise _WriteError(error) from error
+
+    def finish(self) -> int:
+        """Returns how many bytes were written: all of them."""
+        if self._written != self._size:
+            raise self._wrong_size()
+        return self._written
+
+    def _wrong_size(self) -> SourceError:
+        return SourceError(
+            f"tensor {self._name!r} holds {self._written} bytes or more, and its shape asks for "
+            f"{self._size}"
         )
 
-    def copy(path: Path, descriptor: int, counter: _Counter) -> None:
-        with path.open("r+b") as file:
-            file.seek(extent.offset)
-            tensor.tofile(file)
-            written = file.tell() - extent.offset
-        if written != extent.tensor.nbytes:
-            raise SourceError(
-                f"tensor {extent.value.name!r} holds {written} bytes, and its shape asks for "
-                f"{extent.tensor.nbytes}"
-            )
-        counter.add(written)
 
-    return copy
+@dataclass(frozen=True)
+class _SlabWrite:
+    """Computes one expert of one projection and writes its parts, each to its own byte range."""
 
+    projection: Projection
+    expert: int
+    places: tuple[tuple[str, int], ...]
 
-def _slab_task(projection: Projection, expert: int, offsets: dict[str, list[int]]) -> _Task:
-    def write(path: Path, descriptor: int, counter: _Counter) -> None:
-        slab = projection.slab(expert)
-        for part, starts in offsets.items():
-            size = projection.slab_nbytes(part)
-            for start in starts:
-                _write_at(descriptor, slab[part], start + expert * size)
-                counter.add(size)
-
-    return write
-
-
-def _write_at(descriptor: int, array: np.ndarray[Any, Any], offset: int) -> None:
-    data = memoryview(array.tobytes())
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-class _Counter:
-    """Adds up the bytes written and tells the progress callback, one thread at a time."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._total = total
-        self._progress = progress
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            self._progress(self._done, self._total)
+    def __call__(self, path: Path) -> int:
+        """Writes to the file and returns how many bytes."""
+        slab, written = self.projection.slab(self.expert), 0
+        with path.open("r+b", buffering=0) as file:
+            for part, start in self.places:
+                size = self.projection.slab_nbytes(part)
+                file.seek(start + self.expert * size)
+                data = np.ascontiguousarray(slab[part]).view(np.uint8).reshape(-1).data
+                while data:
+                    count = file.write(data) or 0
+                    data, written = data[count:], written + count
+        return written
 
 
 def _own_data_files(path: Path) -> list[Path]:

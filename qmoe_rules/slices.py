@@ -7,8 +7,7 @@ transposed, split, concatenated or one matrix per expert is still read one exper
 
 from __future__ import annotations
 
-import mmap
-import threading
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qmoe_rules import files
 from qmoe_rules.errors import SourceError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Joined",
     "Lifted",
     "Picked",
+    "Regrouped",
     "SlicedTensor",
     "Slices",
     "TensorSlices",
@@ -32,9 +33,6 @@ __all__ = [
 
 Array = npt.NDArray[np.generic]
 
-# onnx-ir's ExternalTensor must not be mapped by two threads at once.
-_loading = threading.Lock()
-
 
 class Slices(ABC):
     """An array of known shape and type whose first axis can be read in ranges.
@@ -42,10 +40,12 @@ class Slices(ABC):
     Attributes:
         shape: The sizes of all axes.
         dtype: The element type, as numpy has it.
+        is_view: Whether reading costs nothing, however much is read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    is_view: bool = False
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Array:
@@ -60,21 +60,25 @@ class Slices(ABC):
         """Says that these slices have been used, so that their memory can go."""
 
     @property
+    def nbytes(self) -> int:
+        """Size of the whole array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     @abstractmethod
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
         """The tensors that the slices are read from."""
 
 
 class TensorSlices(Slices):
-    """The slices of one tensor."""
+    """The slices of one tensor, views of it where it is in a file or in memory."""
 
     def __init__(self, tensor: ir.TensorProtocol, name: str) -> None:
         self.shape = tuple(int(size) for size in tensor.shape.numpy())
         self.dtype = tensor.dtype.numpy()
+        self.is_view = True
         self._tensor = tensor
         self._name = name
-        self._stacked: Array | None = None
-        self._released = 0
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -82,43 +86,26 @@ class TensorSlices(Slices):
         return (self._tensor,)
 
     def read(self, start: int, stop: int) -> Array:
-        """Returns a view of the mapped file, or of an array that is kept for one sweep."""
-        with _loading:
-            if self._stacked is None:
-                self._stacked = self._load()
-            block: Array = self._stacked[start:stop]
+        """Returns a view of the mapped file, or of an array that is kept for a while."""
+        try:
+            block: Array = self._array()[start:stop]
+        except (OSError, ValueError) as error:
+            raise SourceError(f"cannot read weight {self._name!r}: {error}") from error
         return block
 
     def release(self, start: int, stop: int) -> None:
-        """Gives the mapped pages of the slices back to the system.
-
-        An array that was made for the purpose goes after as many slices as there are.
-        """
-        with _loading:
-            self._released += stop - start
-            if self._released >= self.shape[0]:
-                self._released = 0
-                self._stacked = None
-        if isinstance(self._tensor, ir.ExternalTensor) and self._tensor.raw is not None:
+        """Gives the mapped pages of the slices back to the system."""
+        if isinstance(self._tensor, ir.ExternalTensor):
             size = self._tensor.nbytes // max(self.shape[0], 1)
             offset = self._tensor.offset or 0
-            _drop_pages(self._tensor.raw, offset + start * size, offset + stop * size)
+            files.drop_pages(self._tensor, offset + start * size, offset + stop * size)
 
-    def _load(self) -> Array:
-        try:
-            array = np.asarray(self._tensor.numpy())
-            stacked: Array = array.reshape(self.shape).view(self.dtype)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"cannot read weight {self._name!r}: {error}") from error
-        return stacked
-
-
-def _drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Drops the pages of a byte range, but the last one where the next slice begins in it."""
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    last = stop // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+    def _array(self) -> Array:
+        if isinstance(self._tensor, ir.ExternalTensor):
+            return files.array(self._tensor).reshape(self.shape)
+        if isinstance(self._tensor, ir.Tensor):
+            return np.asarray(self._tensor.numpy()).reshape(self.shape).view(self.dtype)
+        return files.made(self._tensor).reshape(self.shape).view(self.dtype)
 
 
 class Combined(Slices):
@@ -133,9 +120,12 @@ class Combined(Slices):
         shape: Sequence[int],
         dtype: np.dtype,
         function: Callable[..., Array],
+        *,
+        is_view: bool = False,
     ) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
+        self.is_view = is_view
         self._sources = tuple(sources)
         self._function = function
 
@@ -170,6 +160,8 @@ class Joined(Slices):
     def read(self, start: int, stop: int) -> Array:
         """Returns the slices, copied only where they come from several sources."""
         blocks = [source.read(first, last) for source, first, last in self._split(start, stop)]
+        if not blocks:
+            return self._sources[0].read(0, 0)
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def release(self, start: int, stop: int) -> None:
@@ -197,6 +189,7 @@ class Picked(Slices):
         self._start = start
         self.shape = (stop - start, *source.shape[1:])
         self.dtype = source.dtype
+        self.is_view = source.is_view
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -219,6 +212,7 @@ class Lifted(Slices):
         self._source = source
         self.shape = (1, *source.shape)
         self.dtype = source.dtype
+        self.is_view = source.is_view
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -242,7 +236,7 @@ class Unlifted(Slices):
         self._source = source
         self.shape = source.shape[1:]
         self.dtype = source.dtype
-        self._released = 0
+        self.is_view = source.is_view
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -255,11 +249,32 @@ class Unlifted(Slices):
         return block
 
     def release(self, start: int, stop: int) -> None:
-        """Releases the source after as many slices as there are: they may share its memory."""
-        self._released += stop - start
-        if self._released >= self.shape[0]:
-            self._released = 0
-            self._source.release(0, 1)
+        """Does nothing: the slices may share the source's memory."""
+
+
+class Regrouped(Slices):
+    """A source [A*B, ...] as [A, B, ...]: each slice is B slices of the source."""
+
+    def __init__(self, source: Slices, groups: int) -> None:
+        self._source = source
+        self._size = source.shape[0] // groups
+        self.shape = (groups, self._size, *source.shape[1:])
+        self.dtype = source.dtype
+        self.is_view = source.is_view
+
+    @property
+    def tensors(self) -> tuple[ir.TensorProtocol, ...]:
+        """The tensors of the source."""
+        return self._source.tensors
+
+    def read(self, start: int, stop: int) -> Array:
+        """Returns the source's slices in groups."""
+        block = self._source.read(start * self._size, stop * self._size)
+        return block.reshape(stop - start, *self.shape[1:])
+
+    def release(self, start: int, stop: int) -> None:
+        """Releases the source's slices of these groups."""
+        self._source.release(start * self._size, stop * self._size)
 
 
 class SlicedTensor(ir.LazyTensor):

@@ -22,11 +22,13 @@ class Staging:
     Attributes:
         destination: The folder that the files are for; it need not exist yet.
         path: The hidden folder, on the same disk.
+        exclusive: Names of files that must not replace another.
         obsolete: Files of the destination that `commit` deletes last.
     """
 
     def __init__(self, destination: Path) -> None:
         self.destination = destination
+        self.exclusive: set[str] = set()
         self.obsolete: list[Path] = []
         self._made: list[Path] = []
 
@@ -37,7 +39,9 @@ class Staging:
             with naming_errors(self.destination):
                 self._make_folders(parent)
                 self._refuse_long_name()
-                self.path = Path(tempfile.mkdtemp(dir=parent, prefix=".qmoe-"))
+                self._hidden = Path(tempfile.mkdtemp(dir=parent, prefix=".qmoe-"))
+                self.path = self._hidden / "files"
+                self.path.mkdir()  # with ordinary permissions, unlike the one around it
         except BaseException:
             self._remove_made()
             raise
@@ -49,7 +53,7 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self._hidden, ignore_errors=True)
         if error is not None:
             self._remove_made()
 
@@ -70,9 +74,6 @@ class Staging:
         """
         with naming_errors(self.destination):
             if not self.destination.exists():
-                umask = os.umask(0)
-                os.umask(umask)
-                self.path.chmod(0o777 & ~umask)
                 self.path.rename(self.destination)
                 return
             files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
@@ -82,7 +83,11 @@ class Staging:
                 self._refuse_obstacle(target)
             for file, target in moves:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
+                if file.name in self.exclusive:
+                    os.link(file, target)  # fails where another save has taken the name meanwhile
+                    file.unlink()
+                else:
+                    file.replace(target)
         for file in self.obsolete:
             with contextlib.suppress(OSError):
                 file.unlink()

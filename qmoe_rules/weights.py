@@ -7,6 +7,7 @@ such chains in front of the weights, and folding them would copy every weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.formats import SCALE_DTYPES
 from qmoe_rules.slices import (
     Combined,
     Joined,
     Lifted,
     Picked,
+    Regrouped,
     SlicedTensor,
     Slices,
     TensorSlices,
@@ -62,8 +65,7 @@ class ExpertWeights:
     @property
     def nbytes(self) -> int:
         """Size of the weight in bytes."""
-        experts, rows, columns = self.shape
-        return experts * rows * columns * self.dtype.itemsize
+        return self.slices.nbytes
 
     def expert(self, index: int) -> npt.NDArray[np.generic]:
         """Returns the weights [N, K] of one expert; a view where the storage allows it.
@@ -97,9 +99,15 @@ def resolve(value: ir.Value) -> Slices | str:
     if node is None or rearrange is None:
         return f"{value.name} is not a constant"
     try:
-        return rearrange(node, value)
+        slices = rearrange(node, value)
     except _NotReadableError as reason:
         return str(reason)
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        return f"{value.name}: {node.op_type} cannot be read: {error}"
+    known = ops.static_shape(value)
+    if known is not None and not ops.agree(known, slices.shape):
+        return f"{value.name} is {list(slices.shape)} where the model says {list(known)}"
+    return slices
 
 
 class _NotReadableError(Exception):
@@ -134,9 +142,17 @@ def _axes(node: ir.Node) -> list[int]:
     return _constant(node, 1) or list(node.attributes.get_ints("axes", ()))
 
 
-def _whole(source: Slices, shape: Sequence[int], function: Callable[[Any], Any]) -> Slices:
-    """Applies a function to the array as a whole; it stays a view where the function makes one."""
-    lifted = Combined([Lifted(source)], (1, *shape), source.dtype, lambda b: function(b[0])[None])
+def _whole(source: Slices, shape: Sequence[int], view: Callable[[Any], Any]) -> Slices:
+    """Rearranges the array as a whole, which is free where both it and the result are views."""
+    if not source.is_view:
+        raise _NotReadableError("the experts' axis moves after other changes; fold them first")
+    lifted = Combined(
+        [Lifted(source)],
+        (1, *shape),
+        source.dtype,
+        lambda block: view(block[0])[None],
+        is_view=True,
+    )
     return Unlifted(lifted)
 
 
@@ -146,8 +162,18 @@ def _identity(node: ir.Node, value: ir.Value) -> Slices:
 
 def _cast(node: ir.Node, value: ir.Value) -> Slices:
     source = _source(node)
-    dtype = ir.DataType(node.attributes.get_int("to")).numpy()
-    return Combined([source], source.shape, dtype, lambda block: block.astype(dtype))
+    target = ir.DataType(node.attributes.get_int("to"))
+    dtype = target.numpy()
+    if dtype == source.dtype:
+        return source
+    if target.bitwidth < 16:  # numpy does not saturate as the operator does
+        raise _NotReadableError(f"{value.name} is cast to {target.name}")
+
+    def cast(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        with np.errstate(over="ignore"):
+            return block.astype(dtype)
+
+    return Combined([source], source.shape, dtype, cast)
 
 
 def _transpose(node: ir.Node, value: ir.Value) -> Slices:
@@ -155,13 +181,25 @@ def _transpose(node: ir.Node, value: ir.Value) -> Slices:
     order = list(node.attributes.get_ints("perm", ()) or range(len(source.shape))[::-1])
     shape = [source.shape[axis] for axis in order]
     if order[0] == 0:
-        return Combined([source], shape, source.dtype, lambda block: block.transpose(order))
+        return Combined(
+            [source],
+            shape,
+            source.dtype,
+            lambda block: block.transpose(order),
+            is_view=source.is_view,
+        )
     return _whole(source, shape, lambda array: array.transpose(order))
 
 
 def _reshaped(source: Slices, shape: Sequence[int]) -> Slices:
+    if math.prod(shape) != math.prod(source.shape):
+        raise _NotReadableError(f"{list(source.shape)} cannot be reshaped to {list(shape)}")
     if shape and source.shape and shape[0] == source.shape[0]:
         return Combined([source], shape, source.dtype, lambda b: b.reshape(len(b), *shape[1:]))
+    if shape and source.shape and shape[0] and source.shape[0] % shape[0] == 0:
+        return _reshaped(Regrouped(source, shape[0]), shape)
+    if not isinstance(source, TensorSlices):
+        raise _NotReadableError("a reshape spreads the experts' axis after other changes")
     return _whole(source, shape, lambda array: array.reshape(shape))
 
 
@@ -220,6 +258,8 @@ def _split(node: ir.Node, value: ir.Value) -> Slices:
 
 def _slice(node: ir.Node, value: ir.Value) -> Slices:
     source = _source(node)
+    if len(node.inputs) < 3:
+        raise _NotReadableError(f"{value.name} is cut by a Slice of before opset 10")
     starts, ends = _constant(node, 1) or [], _constant(node, 2) or []
     axes = _constant(node, 3) or list(range(len(starts)))
     steps = _constant(node, 4) or [1] * len(starts)

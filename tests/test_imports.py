@@ -27,7 +27,7 @@ NUMBERS = (
     "targets",
     "recipe",
 )
-GRAPHS = ("ops", "slices", "weights", "lazy", "report", "rules", "passes")
+GRAPHS = ("ops", "files", "slices", "weights", "lazy", "stored", "report", "rules", "passes")
 EDGES = ("loading", "staging", "saving", "pipeline", "inspection", "reference")
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "cli", "__init__", "__main__")
 

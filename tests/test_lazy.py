@@ -156,15 +156,25 @@ def test_the_cache_stays_within_its_bound(
     assert seen == {scales, 2 * scales}
 
 
+def slab_of(number: int) -> lazy.Slab:
+    return {"scales": np.full(4, number, np.uint8)}
+
+
 def test_the_cache_drops_what_was_used_longest_ago() -> None:
     cache = lazy._Cache(8)
-    slabs = {number: {"scales": np.full(4, number, np.uint8)} for number in range(3)}
-    cache.put((0, 0), slabs[0])
-    cache.put((0, 1), slabs[1])
-    assert cache.get((0, 0), "scales") is slabs[0]["scales"]
-    cache.put((0, 2), slabs[2])
-    kept = [number for number in range(3) if cache.get((0, number), "scales") is not None]
-    assert kept == [0, 2]
+    cache.put((0, 0), slab_of(0))
+    cache.put((1, 0), slab_of(1))
+    assert cache.get((0, 0), "scales") is not None
+    cache.put((2, 0), slab_of(2))
+    assert [number for number in range(3) if cache.get((number, 0), "scales") is not None] == [0, 2]
+
+
+def test_a_sweep_over_more_than_the_cache_holds_keeps_its_beginning() -> None:
+    """Dropping the oldest instead would drop each slab before the sweep comes back to it."""
+    cache = lazy._Cache(8)
+    for expert in range(4):
+        cache.put((0, expert), slab_of(expert))
+    assert [n for n in range(4) if cache.get((0, n), "scales") is not None] == [0, 1]
 
 
 def test_weights_are_never_kept(empty_cache: lazy._Cache) -> None:

@@ -130,7 +130,7 @@ def test_static_shape_tells_unknown_sizes_apart() -> None:
     assert ops.static_shape(ir.val("x", ir.DataType.FLOAT, ())) == ()
 
 
-VALUES = {"activation_type": "swiglu", "swiglu_fusion": 1, "swiglu_limit": None}
+VALUES = {"k": 2, "activation_type": "swiglu", "swiglu_fusion": 1, "swiglu_limit": None}
 
 
 @pytest.mark.parametrize("shape", [None, ("tokens", "experts"), ("tokens", 4), (7, 4)])

@@ -301,7 +301,7 @@ def test_strict_raises_before_writing(
 ) -> None:
     monkeypatch.setattr(pipeline, "Staging", None)
     before = snapshot(tmp_path)
-    with pytest.raises(UnsupportedNodeError, match=r"1 MoE .*layers\.1\.moe: excluded by the rec"):
+    with pytest.raises(UnsupportedNodeError, match=r"1 MoE .*excluded by the rec.*layers\.1\.moe"):
         quantize(source, tmp_path / "out", strict=True, nodes_to_exclude=["layers.1.*"])
     assert snapshot(tmp_path) == before
 
@@ -460,7 +460,7 @@ def test_model_without_moe_passes_through(source: Path, tmp_path: Path) -> None:
         proto.opset_import.append(helper.make_opsetid("somewhere.else", 1))
 
     edit(source / "model.onnx", hide)
-    report = quantize(source, tmp_path / "out", strict=True)
+    report = quantize(source, tmp_path / "out")
     assert report.rows == []
     assert "nothing to quantize" in report.summary()
     got, given = (graph_without_locations(f / "model.onnx") for f in (tmp_path / "out", source))
@@ -531,3 +531,55 @@ def test_progress_and_workers_are_passed_on(
     quantize(source, tmp_path / "out", workers=3, progress=lambda *call: calls.append(call))
     assert counts == [3]
     assert calls[-1] == ((tmp_path / "out" / "model.onnx.data").stat().st_size,) * 2
+
+
+def test_a_second_model_that_shares_the_data_is_not_copied(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its data file stays behind, and the quantized model's takes that file's name."""
+    shutil.copy(source / "model.onnx", source / "other.onnx")
+    quantize(source, tmp_path / "out", **RECIPE)
+    assert set(snapshot(tmp_path / "out")) == MODEL | SIDE_FILES
+    assert [record.getMessage().partition("/other.onnx ")[2] for record in caplog.records] == [
+        "is not copied: it shares data with the model"
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"nodes_to_exclude": ["Layers.0.moe"]}, {"overrides": [("re:nothing", {"bits": 8})]}],
+    ids=str,
+)
+def test_a_pattern_that_matches_no_node_is_told(
+    tiny_fp32: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
+) -> None:
+    plan(tiny_fp32, **fields)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith("matches no node; they are layers.0.moe, layers.1.moe")
+
+
+def test_external_data_of_a_function_come_along(source: Path, tmp_path: Path) -> None:
+    """A Constant inside a function is no initializer; its bytes move into the .onnx file."""
+    model = onnx.load(source / "model.onnx", load_external_data=False)
+    (source / "fn.bin").write_bytes(np.full(128, 0.5, np.float32).tobytes())
+    tensor = onnx.TensorProto(name="c", data_type=onnx.TensorProto.FLOAT, dims=[128])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="fn.bin")
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=tensor),
+        helper.make_node("Mul", ["a", "c"], ["b"]),
+    ]
+    opsets = [helper.make_opsetid("", 21)]
+    model.functions.append(helper.make_function("local", "Halve", ["a"], ["b"], nodes, opsets))
+    moe = moe_nodes(model)[0]
+    model.graph.node.insert(
+        list(model.graph.node).index(moe),
+        helper.make_node("Halve", [moe.input[0]], ["halved"], domain="local"),
+    )
+    moe.input[0] = "halved"
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    (source / "model.onnx").write_bytes(model.SerializeToString())
+    quantize(source, tmp_path / "out", **RECIPE)
+    saved = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    (constant, _) = saved.functions[0].node
+    assert np.frombuffer(constant.attribute[0].t.raw_data, np.float32).tolist() == [0.5] * 128

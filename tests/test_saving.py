@@ -144,8 +144,8 @@ def test_order_of_the_work_does_not_matter(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(planned(source), tmp_path / "forward" / "model.onnx", workers=1)
-    tasks = saving._tasks
-    monkeypatch.setattr(saving, "_tasks", lambda extents: [*tasks(extents)][::-1])
+    writes = saving._writes
+    monkeypatch.setattr(saving, "_writes", lambda extents: [*writes(extents)][::-1])
     save(planned(source), tmp_path / "backward" / "model.onnx", workers=1)
     assert snapshot(tmp_path / "backward") == snapshot(tmp_path / "forward")
 
@@ -396,7 +396,7 @@ def test_graph_is_the_last_file_to_be_put_in_place(
     for name in ("tokenizer.json", "another.txt"):
         source.with_name(name).touch()
     (tmp_path / "out").mkdir()
-    for name in ("rename", "replace"):
+    for name in ("link", "rename", "replace"):
         monkeypatch.setattr(os, name, recording(getattr(os, name)))
     quantize(source.parent, tmp_path / "out")
     assert sorted(moved) == ["another.txt", "model.onnx", "model.onnx.data", "tokenizer.json"]
@@ -451,15 +451,15 @@ def _last_expert_has_a_nan(monkeypatch: pytest.MonkeyPatch, source: Path) -> typ
 
 
 def _disk_is_full(monkeypatch: pytest.MonkeyPatch, source: Path) -> type[BaseException]:
-    countdown = iter(range(SLABS, -1, -1))
-    pwrite = os.pwrite
+    countdown = iter(range(SLABS // 2, -1, -1))
+    write = saving._SlabWrite.__call__
 
-    def full(descriptor: int, data: bytes, offset: int) -> int:
+    def full(slab: saving._SlabWrite, path: Path) -> int:
         if next(countdown, 0) == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(descriptor, data, offset)
+        return write(slab, path)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(saving._SlabWrite, "__call__", full)
     return SaveError
 
 
@@ -799,8 +799,8 @@ def test_external_data_longer_than_their_tensor_do_not_spill(
     overlong: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(planned(overlong), tmp_path / "forward.onnx", workers=1)
-    tasks = saving._tasks
-    monkeypatch.setattr(saving, "_tasks", lambda extents: [*tasks(extents)][::-1])
+    writes = saving._writes
+    monkeypatch.setattr(saving, "_writes", lambda extents: [*writes(extents)][::-1])
     save(planned(overlong), tmp_path / "backward.onnx", workers=1)
     assert tensors(tmp_path / "backward.onnx") == tensors(tmp_path / "forward.onnx")
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qmoe_rules import files
 from qmoe_rules.errors import SourceError
 from qmoe_rules.weights import ExpertWeights
 from tests.moe_models import Array, Graph
@@ -94,9 +95,7 @@ def test_pages_are_dropped_whole_and_once(tmp_path: Path, monkeypatch: pytest.Mo
     """A page is dropped with the expert that is read last of those that share it."""
     page = mmap.PAGESIZE
     array = np.zeros((3, 3, page // 8), np.float32)  # 1.5 pages per expert
-    tensor = external(array, tmp_path / "data")
-    weights = ExpertWeights(tensor, "fc1")
-    weights.expert(0)
+    weights = ExpertWeights(external(array, tmp_path / "data"), "fc1")
     dropped = []
 
     class Recorder:
@@ -104,10 +103,31 @@ def test_pages_are_dropped_whole_and_once(tmp_path: Path, monkeypatch: pytest.Mo
             assert advice == mmap.MADV_DONTNEED
             dropped.append((start, start + length))
 
-    monkeypatch.setattr(tensor, "raw", Recorder())
+    monkeypatch.setattr(files, "_map", lambda tensor: Recorder())
     for index in range(3):
         weights.release(index)
     assert dropped == [(0, page), (page, 3 * page), (3 * page, 4 * page)]
+
+
+def test_a_file_is_mapped_once_for_all_its_tensors(tmp_path: Path) -> None:
+    """A descriptor for each tensor would run out on models of many experts."""
+    array = weight_of(np.float32)
+    weights = [ExpertWeights(external(array, tmp_path / "data"), "fc1") for _ in range(50)]
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.is_dir() else 0
+    views = [weight.expert(0) for weight in weights]
+    after = len(list(descriptors.iterdir())) if descriptors.is_dir() else 0
+    assert after - before <= 1
+    assert all(view.tobytes() == array[0].tobytes() for view in views)
+
+
+def test_a_file_of_the_same_name_is_read_anew(tmp_path: Path) -> None:
+    array = weight_of(np.float32)
+    old = ExpertWeights(external(array, tmp_path / "data"), "fc1").expert(1)
+    (tmp_path / "data").rename(tmp_path / "gone")
+    new = ExpertWeights(external(array * 2, tmp_path / "data"), "fc1").expert(1)
+    assert old.tobytes() == array[1].tobytes()
+    assert new.tobytes() == (array * 2)[1].tobytes()
 
 
 def test_tensors_in_memory_have_no_pages_to_drop() -> None:
@@ -151,3 +171,4 @@ def test_an_array_that_is_made_on_demand_is_made_once_per_sweep() -> None:
             assert weights.expert(index).tobytes() == array[index].tobytes()
             assert len(made) == sweep
             weights.release(index)
+        files.forget()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from types import ModuleType
 
 import numpy as np
@@ -21,6 +22,8 @@ from qmoe_rules.quantized import QuantizedWeights
 
 __all__ = ["rtn", "rtn_numpy", "smallest_scale"]
 
+logger = logging.getLogger(__name__)
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
@@ -30,7 +33,8 @@ def _kernels() -> ModuleType | None:
     """
     try:
         return importlib.import_module("qmoe_rules.quantizers._kernels")
-    except ImportError:
+    except ImportError as error:
+        logger.warning("numba cannot be used, and numpy is several times slower: %s", error)
         return None
 
 

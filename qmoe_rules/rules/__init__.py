@@ -8,8 +8,17 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewritePass, RewriteRule, RewriteRuleSet
 
 from qmoe_rules.rules.moe_to_qmoe import moe_to_qmoe_rules
+from qmoe_rules.rules.normalize_moe import normalize_moe_rules
+from qmoe_rules.rules.qmoe_to_moe import qmoe_to_moe_rules
+from qmoe_rules.rules.relayout_qmoe import relayout_qmoe_rules
 
-__all__ = ["apply_rules", "moe_to_qmoe_rules"]
+__all__ = [
+    "apply_rules",
+    "moe_to_qmoe_rules",
+    "normalize_moe_rules",
+    "qmoe_to_moe_rules",
+    "relayout_qmoe_rules",
+]
 
 
 def apply_rules(model: ir.Model, rules: Sequence[RewriteRule] | RewriteRuleSet) -> bool:

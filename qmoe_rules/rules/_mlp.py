@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import onnx_ir as ir
 
-from qmoe_rules.rules._routing import scalar
+from qmoe_rules.rules._facts import scalar
 
 __all__ = ["ALL", "EVEN", "FIRST_HALF", "MLP", "ODD", "SECOND_HALF", "Linear", "match_mlp"]
 

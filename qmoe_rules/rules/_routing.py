@@ -9,19 +9,37 @@ gives back the weights over their sum, on every execution provider.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from qmoe_rules import ops
+from qmoe_rules.rules._facts import (
+    is_last_axis,
+    is_op,
+    last_size,
+    not_negative,
+    over_last_axis,
+    rank,
+    same_tokens,
+    scalar,
+)
 
-__all__ = ["Routing", "emit_routing", "routing_of", "scalar"]
+__all__ = [
+    "Routing",
+    "emit_routing",
+    "refuse_routing",
+    "routing_of",
+    "settled",
+]
 
 _UNCHOSEN = -1e4
 # ScatterElements can add from this opset on.
 _MIN_OPSET = 16
+# Softmax is along one axis, and the axes of ReduceSum are an input, from this opset on.
+_MIN_OPSET_DIRECT = 13
 
 
 @dataclass(frozen=True)
@@ -45,53 +63,79 @@ class Routing:
     normalize: bool = True
 
 
-def routing_of(indices: ir.Value, weights: ir.Value, experts: int) -> Routing | str:
+def routing_of(
+    indices: ir.Value, weights: ir.Value, experts: int, source: ir.Value | None = None
+) -> Routing | str:
     """Returns the routing that ends in these values, or why it cannot be expressed.
 
     Args:
         indices: The chosen experts, int64 [..., k].
         weights: Their weights, [..., k].
         experts: E.
+        source: The hidden states [..., H] whose tokens are routed, where the weights are said to
+            have the same leading axes; None where that is known.
     """
     count = _chosen(indices)
     if count is None:
         return f"{indices.name} does not come from TopK with a constant k"
     k, width = count
-    if width is not None and width != experts:
+    if width is None:
+        return f"how many experts {indices.name} ranks is not known"
+    if width != experts:
         return f"the router ranks {width} experts, and there are {experts}"
+    if last_size(weights) != k:
+        return f"{weights.name} is not known to have {k} weights per token"
+    for value in (indices, weights) if source is not None else ():
+        if source is not None and not same_tokens(value, source):
+            return f"{value.name} is not known to have one row per token of {source.name}"
     direct = _direct(indices, weights, k, experts)
     if direct is not None:
         return direct
-    if width is None:
-        return f"how many experts {indices.name} ranks is not known"
-    if not _not_negative(weights):
+    if not not_negative(weights):
         return f"the weights {weights.name} may be negative"
     return Routing(indices, weights, k, experts)
 
 
-def emit_routing(
-    op: Any, routing: Routing, dtype: ir.DataType, opset: int
-) -> tuple[ir.Value, ir.Value | None] | str:
+def settled(routing: Routing, dtype: ir.DataType) -> Routing:
+    """Returns the routing as it is emitted: logits of another type are not handed over.
+
+    Rounding them could choose other experts.
+    """
+    logits = routing.logits
+    if logits is None or logits.dtype in (None, dtype):
+        return routing
+    return dataclasses.replace(routing, logits=None, normalize=True)
+
+
+def refuse_routing(routing: Routing, opset: int) -> str | None:
+    """Returns why a model with this opset of the standard domain cannot express it, or None."""
+    needed = _MIN_OPSET if routing.logits is None else _MIN_OPSET_DIRECT
+    if opset < needed:
+        return f"its routing needs opset {needed}, and the model imports {opset}"
+    return None
+
+
+def emit_routing(op: Any, routing: Routing, dtype: ir.DataType) -> tuple[ir.Value, ir.Value | None]:
     """Builds the inputs that make MoE route the same way.
 
     Args:
         op: The rewriter's builder.
-        routing: From `routing_of`.
+        routing: From `routing_of`, `settled`.
         dtype: The activation type.
-        opset: The model's opset of the standard domain.
 
     Returns:
         `router_probs` [tokens, E], and what to multiply the output [..., H] with, [..., 1], or
-        None; or why the opset cannot express it. `normalize_routing_weights` is
-        `routing.normalize`.
+        None. `normalize_routing_weights` is `routing.normalize`.
     """
     if routing.logits is not None:
         return op.Reshape(routing.logits, _ints(op, [-1, routing.experts])), None
-    if opset < _MIN_OPSET:
-        return f"its routing needs opset {_MIN_OPSET}, and the model imports {opset}"
     flat = _ints(op, [-1, routing.k])
     indices = op.Reshape(routing.indices, flat)
-    weights = op.Cast(op.Reshape(routing.weights, flat), to=ir.DataType.FLOAT)
+    wide = op.Cast(routing.weights, to=ir.DataType.FLOAT)
+    scale = op.ReduceSum(wide, _ints(op, [-1]), keepdims=1)
+    largest, _ = op.TopK(wide, _ints(op, [1]), axis=-1, _outputs=2)
+    # Relative to the largest, logarithms are near 0, where narrow types are most exact.
+    weights = op.Reshape(op.Div(wide, largest), flat)
     tokens = op.Shape(weights, start=0, end=1)
     nothing = ir.Tensor(np.zeros(1, np.float32))
     empty = op.ConstantOfShape(
@@ -101,7 +145,6 @@ def emit_routing(
     dense = op.ScatterElements(empty, indices, weights, axis=1, reduction="add")
     chosen = op.Greater(dense, _floats(op, 0.0))
     router = op.Where(chosen, op.Log(dense), _floats(op, _UNCHOSEN))
-    scale = op.ReduceSum(routing.weights, _ints(op, [-1]), keepdims=1)
     return op.Cast(router, to=dtype), op.Cast(scale, to=dtype)
 
 
@@ -120,25 +163,21 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
     node = _producer(indices)
     if node is None:
         return None
-    if (
-        node.op_type == "TopK"
-        and indices.index() == 1
-        and node.attributes.get_int("largest", 1) == 1
-    ):
+    if is_op(node, "TopK") and indices.index() == 1 and node.attributes.get_int("largest", 1) == 1:
         k = scalar(node.inputs[1])
-        rank = _rank(indices) or _rank(node.inputs[0])
+        rank = rank(indices) or rank(node.inputs[0])
         axis = node.attributes.get_int("axis", -1)
         if k is None or not (axis == -1 or (rank is not None and axis == rank - 1)):
             return None
-        return int(k), _last_size(node.inputs[0])
-    if node.op_type == "Concat" and _is_last_axis(node, indices):
+        return int(k), last_size(node.inputs[0])
+    if is_op(node, "Concat") and is_last_axis(node, indices):
         parts = [_chosen(value) if value is not None else None for value in node.inputs]
         if any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
         widths = {width for _, width in known}
         return sum(k for k, _ in known), widths.pop() if len(widths) == 1 else None
-    if node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
+    if is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
         return _chosen(node.inputs[0])
     return None
 
@@ -146,123 +185,69 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
 def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routing | None:
     """Recognizes softmax and top-k in either order, the routing that MoE itself computes."""
     top = _producer(indices)
-    if top is None or top.op_type != "TopK" or top.inputs[0] is None:
+    if top is None or not is_op(top, "TopK") or top.inputs[0] is None:
         return None
-    values, ranked = top.outputs[0], top.inputs[0]
-    node = _producer(weights)
-    if node is None:
-        return None
-    logits = _softmax_input(ranked)
-    if _is(node, "Softmax") and node.inputs[0] is values and _is_last_axis(node, weights):
+    values, ranked = top.outputs[0], _uncast(top.inputs[0])
+    node = _producer(_uncast(weights))
+    if _softmaxed(node) is not None and _softmaxed(node) is values:
         return Routing(indices, weights, k, experts, ranked, normalize=True)
+    logits = _softmaxed(_producer(ranked))
     if logits is None:
         return None
-    if weights is values or _gathered_from(node, ranked, indices):
+    if _is_part(weights, values, ranked, indices):
         return Routing(indices, weights, k, experts, logits, normalize=False)
-    if _is(node, "Div") and node.inputs[0] is not None:
+    if node is not None and is_op(node, "Div"):
         part, total = node.inputs
-        same = part is values or _gathered_from(_producer(part), ranked, indices)
-        if same and _is_sum_over_last(total, part):
+        if _is_part(part, values, ranked, indices) and _is_sum_over_last(total, part):
             return Routing(indices, weights, k, experts, logits, normalize=True)
     return None
 
 
-def _softmax_input(value: ir.Value) -> ir.Value | None:
-    node = _producer(value)
-    if node is None or not _is(node, "Softmax") or not _is_last_axis(node, value):
+def _uncast(value: ir.Value) -> ir.Value:
+    """Returns what a value was before it was cast from one floating-point type to another."""
+    node = value.producer()
+    while node is not None and is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
+        if not (node.inputs[0].dtype or ir.DataType.FLOAT).is_floating_point():
+            break
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _softmaxed(node: ir.Node | None) -> ir.Value | None:
+    """Returns what a node computes the softmax of along the last axis, or None."""
+    if node is None or not is_op(node, "Softmax") or node.inputs[0] is None:
         return None
-    return node.inputs[0]
+    return _uncast(node.inputs[0]) if is_last_axis(node, node.outputs[0]) else None
 
 
-def _gathered_from(node: ir.Node | None, source: ir.Value, indices: ir.Value) -> bool:
-    return (
+def _is_part(value: ir.Value | None, values: ir.Value, ranked: ir.Value, indices: ir.Value) -> bool:
+    """Returns whether a value is the chosen part of what was ranked."""
+    if value is None:
+        return False
+    value = _uncast(value)
+    node = value.producer()
+    gathered = (
         node is not None
-        and _is(node, "GatherElements")
-        and node.inputs[0] is source
+        and is_op(node, "GatherElements")
+        and node.inputs[0] is not None
+        and _uncast(node.inputs[0]) is ranked
         and node.inputs[1] is indices
-        and _is_last_axis(node, indices)
+        and node.attributes.get_int("axis", 0) in (-1, (rank(indices) or 0) - 1)
     )
+    return value is values or gathered
 
 
 def _is_sum_over_last(total: ir.Value | None, part: ir.Value | None) -> bool:
-    node = None if total is None else _producer(total)
-    if node is None or not _is(node, "ReduceSum") or node.inputs[0] is not part:
-        return False
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
-    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
-    last = {-1, (_rank(part) or 0) - 1}
-    return bool(node.attributes.get_int("keepdims", 1)) and len(given) == 1 and given[0] in last
-
-
-_KEEP_SIGN = {
-    "Cast", "Concat", "Div", "Expand", "Flatten", "Gather", "GatherElements", "GatherND",
-    "Identity", "Max", "Mul", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Slice",
-    "Split", "Squeeze", "Sum", "TopK", "Transpose", "Unsqueeze", "Add",
-}  # fmt: skip
-_DATA_ONLY = {
-    "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "ReduceMax", "ReduceMean",
-    "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "TopK", "Transpose", "Unsqueeze",
-}  # fmt: skip
-
-
-def _not_negative(value: ir.Value) -> bool:
-    """Returns whether a value is proven to have no negative element, from how it is computed."""
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return bool((tensor.numpy() >= 0).all()) and not value.is_graph_input()
-    node = _producer(value)
-    if node is None or node.domain != "":
-        return False
-    if node.op_type in ("Softmax", "Sigmoid", "Relu", "Abs", "Exp", "Softplus"):
-        return True
-    if node.op_type not in _KEEP_SIGN:
-        return False
-    sources = node.inputs[:1] if node.op_type in _DATA_ONLY else node.inputs
-    return all(source is not None and _not_negative(source) for source in sources)
-
-
-def _last_size(value: ir.Value | None) -> int | None:
-    """Returns the size of a value's last axis, from its shape or from what computes it."""
-    shape = ops.static_shape(value)
-    if shape and shape[-1] is not None:
-        return shape[-1]
-    node = _producer(value)
-    if node is None or node.domain != "":
-        return None
-    if node.op_type == "MatMul":
-        return _last_size(node.inputs[1])
-    if node.op_type == "Gemm":
-        weight = ops.static_shape(node.inputs[1])
-        return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
-    if node.op_type in ("Softmax", "Sigmoid", "Cast", "Identity", "ScatterElements"):
-        return _last_size(node.inputs[0])
-    if node.op_type in ("Add", "Mul", "Sub", "Div", "Where"):
-        sizes = {_last_size(source) for source in node.inputs} - {None, 1}
-        return sizes.pop() if len(sizes) == 1 else None
-    return None
+    node = _producer(total)
+    return (
+        node is not None
+        and is_op(node, "ReduceSum")
+        and node.inputs[0] is part
+        and bool(node.attributes.get_int("keepdims", 1))
+        and over_last_axis(node, part)
+    )
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
-
-
-def _is(node: ir.Node, op_type: str) -> bool:
-    return node.domain == "" and node.op_type == op_type
-
-
-def _rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def _is_last_axis(node: ir.Node, value: ir.Value) -> bool:
-    axis = node.attributes.get_int("axis", -1)
-    return axis == -1 or axis == (_rank(value) or 0) - 1
-
-
-def scalar(value: ir.Value | None) -> float | None:
-    """Returns the one number that a constant holds, or None."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1 or (value is not None and value.is_graph_input()):
-        return None
-    number: float = tensor.numpy().reshape(-1)[0].item()
-    return number

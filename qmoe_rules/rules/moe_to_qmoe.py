@@ -19,6 +19,7 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.lazy import Projection, plan_values
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
+from qmoe_rules.rules.normalize_moe import REFUSED
 from qmoe_rules.targets import Facts
 from qmoe_rules.weights import ExpertWeights
 
@@ -94,13 +95,15 @@ class MoEToQMoE(RewriteRuleClassBase):
         """Accepts the node, or says why it stays; `op` is the match context here."""
         node = ops.producer(bindings["moe"])
         result = MatchResult()
-        found = self._examine(node, ops.in_function(op.model, node))
+        told: str | None = node.meta.pop(REFUSED, None)
+        found = self._examine(node, ops.in_function(op.model, node), told)
         row = _row(node, found)
         self._report.record(node, row)
         for warning in row.warnings:
             logger.warning("%s: %s", row.node, warning)
         if isinstance(found, str):
-            logger.warning("%s stays in float: %s", row.node, found)
+            if found != told:
+                logger.warning("%s stays in float: %s", row.node, found)
             return result.fail(found, node)
         self._conversion = found
         return result
@@ -132,7 +135,10 @@ class MoEToQMoE(RewriteRuleClassBase):
             # The CPU kernel always renormalizes over the top-k, unless it is given the weights.
             inputs["router_weights"] = op.Softmax(given["router_probs"], axis=-1)
         quantized: ir.Value = op.QMoE(
-            *_slots(inputs), _domain=ops.DOMAIN, _name=node.name, **_qmoe_attributes(conversion)
+            *ops.slots("QMoE", inputs),
+            _domain=ops.DOMAIN,
+            _name=node.name,
+            **_qmoe_attributes(conversion),
         )
         replacement = ops.producer(quantized)
         replacement.doc_string = node.doc_string
@@ -155,8 +161,11 @@ class MoEToQMoE(RewriteRuleClassBase):
         # What a node of an outer graph still uses is for that graph's clean-up.
         self._replaced = {source: None for source in self._replaced if source.uses()}
 
-    def _examine(self, node: ir.Node, in_function: bool) -> _Conversion | str:
-        """Returns the conversion of a node, or the reason why there is none."""
+    def _examine(self, node: ir.Node, in_function: bool, told: str | None) -> _Conversion | str:
+        """Returns the conversion of a node, or the reason why there is none.
+
+        `told` is why the node could not be normalized, where that was tried.
+        """
         recipe = self._recipe
         if recipe.excludes(ops.label(node)):
             return "excluded by the recipe"
@@ -168,7 +177,9 @@ class MoEToQMoE(RewriteRuleClassBase):
         given, attributes = ops.inputs(node), ops.attributes(node)
         for name in ("fc3_experts_weights", "fc3_experts_bias"):
             if given[name] is not None:
-                return f"{name} is present; QMoE kernels want gate and up interleaved in fc1"
+                return (
+                    told or f"{name} is present; QMoE kernels want gate and up interleaved in fc1"
+                )
         weights = _weights(given)
         if isinstance(weights, str):
             return weights
@@ -230,14 +241,6 @@ def _facts(weights: Mapping[str, ExpertWeights], attributes: Mapping[str, Any]) 
         sparse_mixer=bool(attributes["use_sparse_mixer"]),
         limit_after_activation=bool(attributes["swiglu_limit_after_activation"]),
     )
-
-
-def _slots(inputs: Mapping[str, ir.Value | None]) -> list[ir.Value | None]:
-    """Returns the inputs in their slots, without trailing missing ones."""
-    slots = [inputs.get(name) for name in ops.QMOE_INPUTS]
-    while slots[-1] is None:
-        slots.pop()
-    return slots
 
 
 def _qmoe_attributes(conversion: _Conversion) -> dict[str, Any]:

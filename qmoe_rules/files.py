@@ -1,0 +1,131 @@
+"""Reading tensors: one mapping per file, however many tensors it holds.
+
+onnx-ir maps a file anew for every external tensor and keeps a descriptor for each, which runs out
+on models of many experts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qmoe_rules.errors import SourceError
+
+__all__ = ["array", "chunks", "drop_pages", "forget", "in_memory", "made", "resolved_file"]
+
+Array = npt.NDArray[np.generic]
+
+_lock = threading.RLock()  # a tensor that is made may read others
+_maps: weakref.WeakValueDictionary[tuple[str, int, int], mmap.mmap] = weakref.WeakValueDictionary()
+_CHUNK_BYTES = 16 << 20
+_MADE_KEPT = 4
+_made: OrderedDict[int, tuple[ir.TensorProtocol, Array]] = OrderedDict()
+
+
+def array(tensor: ir.ExternalTensor) -> Array:
+    """Returns a view of an external tensor in its mapped file, one axis.
+
+    Raises:
+        SourceError: The file lies outside the model's folder.
+        OSError: The file cannot be read.
+        ValueError: The file ends before the tensor does.
+    """
+    dtype = tensor.dtype.numpy().newbyteorder("<")
+    return np.frombuffer(_map(tensor), dtype, tensor.size, tensor.offset or 0)
+
+
+def resolved_file(tensor: ir.ExternalTensor) -> Path:
+    """Returns the file of an external tensor, which is in the model's folder and only there.
+
+    Raises:
+        SourceError: It lies elsewhere, or has several hard links, which may lead elsewhere.
+    """
+    file = Path(tensor.path).resolve()
+    if tensor.base_dir and Path(tensor.base_dir).resolve() not in file.parents:
+        raise SourceError(
+            f"tensor {tensor.name!r}: its external data {tensor.location} lie outside the model's "
+            "folder; copy them into it"
+        )
+    if file.exists() and file.stat().st_nlink > 1:
+        raise SourceError(
+            f"tensor {tensor.name!r}: its external data {file} have several hard links, which may "
+            "lead outside the model's folder; copy the file"
+        )
+    return file
+
+
+def chunks(tensor: ir.ExternalTensor) -> Iterator[bytes]:
+    """Yields the bytes of an external tensor, and no others, in pieces of bounded size."""
+    left = tensor.nbytes
+    with resolved_file(tensor).open("rb") as file:
+        file.seek(tensor.offset or 0)
+        while left:
+            chunk = file.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ValueError(f"{tensor.path} ends {left} bytes before the tensor does")
+            left -= len(chunk)
+            yield chunk
+
+
+def in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    """Returns an external tensor as one in memory.
+
+    Raises:
+        SourceError: Its data cannot be read.
+    """
+    try:
+        data = b"".join(chunks(tensor))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read tensor {tensor.name!r}: {error}") from error
+    proto = onnx.TensorProto(name=tensor.name, data_type=tensor.dtype.value, raw_data=data)
+    proto.dims.extend(tensor.shape.numpy())
+    return ir.serde.TensorProtoTensor(proto)
+
+
+def drop_pages(tensor: ir.ExternalTensor, start: int, stop: int) -> None:
+    """Drops the pages of a byte range, but the last one where the next range begins in it."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        _map(tensor).madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def made(tensor: ir.TensorProtocol) -> Array:
+    """Returns the array of a tensor that makes a new one each time, one of the last few kept."""
+    with _lock:
+        kept = _made.pop(id(tensor), None)
+        if kept is None:
+            kept = (tensor, np.asarray(tensor.numpy()))
+        _made[id(tensor)] = kept
+        while len(_made) > _MADE_KEPT:
+            _made.popitem(last=False)
+    return kept[1]
+
+
+def forget() -> None:
+    """Lets go of the arrays that `made` keeps."""
+    with _lock:
+        _made.clear()
+
+
+def _map(tensor: ir.ExternalTensor) -> mmap.mmap:
+    path = str(resolved_file(tensor))
+    with _lock, open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        # Another file may have taken the name since: the old mapping is not of that one.
+        key = (path, status.st_ino, status.st_size)
+        mapped = _maps.get(key)
+        if mapped is None:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            _maps[key] = mapped
+    return mapped

@@ -1,0 +1,251 @@
+"""Experts that all compute every token: a chain of Adds over `expert(x) * weight`.
+
+The weight of expert e is `ReduceSum(weights * (indices == e), -1)`, so it is zero for the tokens
+that were not routed to it. Exporters without a fused operator write this. A chain of any length is
+read iteratively, from its last Add; what else is added on its way stays an Add.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import onnx_ir as ir
+
+from qmoe_rules.rules._experts import Experts, Parts, assemble
+from qmoe_rules.rules._fusing import Block, FusingRule
+from qmoe_rules.rules._mlp import MLP, Linear, match_mlp
+from qmoe_rules.rules._facts import is_op, over_last_axis, scalar
+from qmoe_rules.rules._routing import routing_of
+
+__all__ = ["Chain", "ChainRule", "Map", "Term", "chain_ending_in", "name_of", "term_of"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An expert's share of the sum.
+
+    Attributes:
+        expert: Which expert.
+        value: What it computes.
+        indices: The chosen experts, [..., k].
+        weights: Their weights, [..., k].
+        nodes: The nodes that weight it.
+    """
+
+    expert: int
+    value: ir.Value
+    indices: ir.Value
+    weights: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+    def shares_routing(self, other: Term | None) -> bool:
+        """Returns whether another term, if it is one, is of the same layer."""
+        return other is not None and other.indices is self.indices and other.weights is self.weights
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The terms of one layer.
+
+    Attributes:
+        terms: The terms, last one first.
+        adds: The nodes that add them.
+        rest: What is added to them, or None.
+    """
+
+    terms: Sequence[Term]
+    adds: Sequence[ir.Node]
+    rest: ir.Value | None
+
+
+def term_of(value: ir.Value | None) -> Term | None:
+    """Returns the share of an expert that a value is, or None; in constant time."""
+    product = _producer(value, "Mul")
+    for output, weight in _both_ways(product):
+        shape = _producer(weight, "Unsqueeze")
+        kept = 0 if shape is not None else 1
+        if shape is not None:
+            if not over_last_axis(shape, weight):
+                continue
+            weight = shape.inputs[0]
+        total = _producer(weight, "ReduceSum")
+        if total is None or total.attributes.get_int("keepdims", 1) != kept:
+            continue
+        if not over_last_axis(total, total.inputs[0]):
+            continue
+        masked = _producer(total.inputs[0], "Mul")
+        for weights, mask in _both_ways(masked):
+            cast = _producer(mask, "Cast", "CastLike")
+            equal = None if cast is None else _producer(cast.inputs[0], "Equal")
+            for indices, number in _both_ways(equal):
+                expert = scalar(number)
+                if expert is None or None in (output, weights, indices):
+                    continue
+                nodes = (product, shape, total, masked, cast, equal)
+                return Term(
+                    int(expert),
+                    output,
+                    indices,
+                    weights,
+                    tuple(node for node in nodes if node is not None),
+                )
+    return None
+
+
+def chain_ending_in(node: ir.Node) -> Chain | None:
+    """Returns the chain whose last Add a node is, or None.
+
+    Constant time where there is none, else linear in its length.
+    """
+    term = next(filter(None, map(term_of, node.inputs)), None)
+    if term is None or any(_goes_on(term, node.outputs[0], user) for user in _users(node)):
+        return None
+    terms: list[Term] = []
+    adds: list[ir.Node] = []
+    rest: ir.Value | None = None
+    current: ir.Node | None = node
+    while current is not None:
+        adds.append(current)
+        rest, current = _step(term, current, terms)
+    return Chain(terms, adds, rest)
+
+
+def _step(first: Term, add: ir.Node, terms: list[Term]) -> tuple[ir.Value | None, ir.Node | None]:
+    """Collects the terms of one Add; returns what it adds them to, or the chain's next Add."""
+    left = []
+    for value in add.inputs:
+        term = term_of(value)
+        if term is not None and first.shares_routing(term):
+            terms.append(term)
+        else:
+            left.append(value)
+    if not left:
+        return None, None
+    below = _producer(left[0], "Add")
+    if below is not None and any(first.shares_routing(term_of(v)) for v in below.inputs):
+        return None, below
+    return left[0], None
+
+
+def _users(node: ir.Node) -> Iterable[ir.Node]:
+    return node.outputs[0].consumers()
+
+
+def _goes_on(term: Term, total: ir.Value, user: ir.Node) -> bool:
+    """Returns whether a user of a sum adds another term of the same layer."""
+    if not is_op(user, "Add"):
+        return False
+    others = [value for value in user.inputs if value is not total]
+    return any(term.shares_routing(term_of(value)) for value in others)
+
+
+def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and any(is_op(node, kind) for kind in op_types) else None
+
+
+def _both_ways(node: ir.Node | None) -> tuple[Sequence[Any], ...]:
+    """Returns the two operands of a node in both orders, nothing where there is no node."""
+    return () if node is None else (tuple(node.inputs), tuple(node.inputs)[::-1])
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map of one expert: equal where the constants are.
+
+    Attributes:
+        constants: What it is made of, None for what it does not have.
+        attributes: How to read them.
+        nodes: The nodes that apply it.
+    """
+
+    constants: tuple[ir.Value | None, ...]
+    attributes: tuple[Any, ...] = ()
+    nodes: tuple[ir.Node, ...] = field(default=(), compare=False)
+
+
+M = TypeVar("M", bound=Map)
+
+
+class ChainRule(FusingRule, Generic[M]):
+    """The rule for such chains; a family says what a linear map is."""
+
+    def pattern(self, op: Any, a: Any, b: Any) -> Any:
+        """Matches any Add; `find` looks for the last one of a chain."""
+        return op.Add(a, b, _outputs=["result"])
+
+    @abstractmethod
+    def linear(self, value: ir.Value) -> Linear[M] | None:
+        """Returns the linear map that computes a value, or None."""
+
+    @abstractmethod
+    def parts(self, maps: Sequence[M]) -> Parts | str:
+        """Returns one map of all experts, or why there is none."""
+
+    @abstractmethod
+    def claims(self, value: ir.Value) -> bool:
+        """Returns whether an expert's output is of this family, or at least of no other."""
+
+    def storage(self, maps: Sequence[M]) -> Mapping[str, Any]:
+        """Returns QMoE's attributes for quantized maps."""
+        return {}
+
+    def find(self, node: ir.Node) -> Block | str | None:
+        """Returns the experts that a chain adds up, and why they stay where they do."""
+        chain = chain_ending_in(node)
+        if chain is None or not self.claims(chain.terms[0].value):
+            return None
+        terms = sorted(chain.terms, key=lambda term: term.expert)
+        if reason := _refuse_count(terms):
+            return reason
+        mlps: list[MLP[M]] = []
+        for term in terms:
+            mlp = match_mlp(term.value, self.linear)
+            if isinstance(mlp, str):
+                return f"expert {term.expert}: {mlp}"
+            mlps.append(mlp)
+        experts = self._experts(terms[0], mlps)
+        if isinstance(experts, str):
+            return experts
+        nodes = [*chain.adds]
+        for term, mlp in zip(terms, mlps, strict=True):
+            nodes += [*term.nodes, *mlp.nodes]
+            nodes += [inner for each in _maps(mlp) for inner in each.nodes]
+        return Block(experts, nodes, name_of(mlps, node), chain.rest)
+
+    def _experts(self, term: Term, mlps: Sequence[MLP[M]]) -> Experts | str:
+        routing = routing_of(term.indices, term.weights, len(mlps), mlps[0].source)
+        if isinstance(routing, str):
+            return routing
+        maps = [each for mlp in mlps for each in _maps(mlp)]
+        home = maps[0].constants[0]
+        if home is None:
+            raise AssertionError("a map has a weight")
+        return assemble(mlps, routing, self.parts, home=home, storage=self.storage(maps))
+
+
+def _maps(mlp: MLP[M]) -> list[M]:
+    return [mlp.gate[0], *([] if mlp.up is None else [mlp.up[0]]), mlp.down]
+
+
+def _refuse_count(terms: Sequence[Term]) -> str | None:
+    """Returns which of the experts, sorted, is missing or there twice, or None."""
+    for index, term in enumerate(terms):
+        if term.expert < index:
+            return f"expert {term.expert} is added twice"
+        if term.expert > index:
+            return f"expert {index} is missing"
+    return None
+
+
+def name_of(mlps: Sequence[MLP[Any]], node: ir.Node) -> str:
+    """Returns what the names of all weights begin with, or the name of a node."""
+    names = [str(each.constants[0].name) for mlp in mlps for each in _maps(mlp)]
+    first, last = min(names), max(names)  # what these two share, all share
+    size = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), 0)
+    prefix = first[:size]
+    cut = max(prefix.rfind("."), prefix.rfind("/"))
+    return prefix[:cut] if cut > 0 else (node.name or str(node.outputs[0].name))

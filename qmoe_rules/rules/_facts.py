@@ -1,0 +1,160 @@
+"""What can be proven about a value from how it is computed: sizes, signs, tokens, constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from qmoe_rules import ops
+
+__all__ = [
+    "is_last_axis",
+    "is_op",
+    "last_size",
+    "not_negative",
+    "over_last_axis",
+    "rank",
+    "same_tokens",
+    "scalar",
+]
+
+# Elements of a constant that is looked at.
+_SMALL = 1 << 16
+
+def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
+    """Returns whether a node's `axes` are just the last axis of a value.
+
+    They are an input, or an attribute before opset 13.
+    """
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
+    return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
+
+
+_NEVER_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}
+# Operators that are not negative where all their inputs are not, or the first inputs.
+_KEEP_SIGN = {
+    "Add": None, "Cast": 1, "Concat": None, "Div": None, "Expand": 1, "Flatten": 1, "Gather": 1,
+    "GatherElements": 1, "GatherND": 1, "Identity": 1, "Max": None, "Min": None, "Mul": None,
+    "ReduceMax": 1, "ReduceMean": 1, "ReduceMin": 1, "ReduceSum": 1, "Reshape": 1, "Slice": 1,
+    "Split": 1, "Squeeze": 1, "Sum": None, "TopK": 1, "Transpose": 1, "Unsqueeze": 1,
+}  # fmt: skip
+
+
+def not_negative(value: ir.Value) -> bool:
+    """Returns whether a value is proven to have no negative element, from how it is computed."""
+    pending: list[ir.Value | None] = [value]
+    seen = set()
+    while pending:
+        current = pending.pop()
+        if current is None:
+            return False
+        if current in seen or current.dtype == ir.DataType.BOOL:
+            continue
+        seen.add(current)
+        tensor = ir.convenience.get_const_tensor(current)
+        if tensor is not None:
+            if current.is_graph_input() or tensor.size > _SMALL or not (tensor.numpy() >= 0).all():
+                return False
+            continue
+        node = current.producer()
+        if node is None or node.domain != "":
+            return False
+        if node.op_type in _NEVER_NEGATIVE:
+            continue
+        if node.op_type == "Where":
+            pending += node.inputs[1:]
+        elif node.op_type == "ScatterElements":
+            pending += [node.inputs[0], node.inputs[2]]
+        elif node.op_type in _KEEP_SIGN:
+            pending += node.inputs[: _KEEP_SIGN[node.op_type]]
+        else:
+            return False
+    return True
+
+
+# Operators whose outputs have the leading axes of an input, or what they are broadcast to.
+_ROW_WISE = {
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Gemm", "Identity", "LayerNormalization", "Log",
+    "MatMul", "Mul", "RMSNormalization", "Relu", "ScatterElements", "Sigmoid",
+    "SimplifiedLayerNormalization", "Softmax", "Sub", "TopK", "Where",
+}  # fmt: skip
+# A router is small: a longer search has left it.
+_SEARCHED = 200
+
+
+def same_tokens(value: ir.Value, source: ir.Value) -> bool:
+    """Returns whether values [..., a] and [..., b] are known to have the same leading axes."""
+    if value.shape is not None and source.shape is not None:
+        first, second = value.shape[:-1], source.shape[:-1]
+        if len(first) != len(second):
+            return False
+        if all(_same_size(a, b) for a, b in zip(first, second, strict=True)):
+            return True
+    pending, seen = [value], {value}
+    while pending and len(seen) < _SEARCHED:
+        current = pending.pop()
+        if current is source:
+            return True
+        node = current.producer()
+        if node is None:
+            continue
+        if is_op(node, "GatherElements"):
+            sources = node.inputs[1:]
+        elif is_op(node, "ReduceSum", "ReduceMax") and over_last_axis(node, node.inputs[0]):
+            sources = node.inputs[:1]
+        else:
+            sources = node.inputs if is_op(node, *_ROW_WISE) else ()
+        fresh = [each for each in sources if each is not None and each not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return False
+
+
+def _same_size(first: Any, second: Any) -> bool:
+    return first == second and not (isinstance(first, ir.SymbolicDim) and first.value is None)
+
+
+def last_size(value: ir.Value | None) -> int | None:
+    """Returns the size of a value's last axis, from its shape or from what computes it."""
+    shape = ops.static_shape(value)
+    if shape and shape[-1] is not None:
+        return shape[-1]
+    node = None if value is None else value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type == "MatMul":
+        return last_size(node.inputs[1])
+    if node.op_type == "Gemm":
+        weight = ops.static_shape(node.inputs[1])
+        return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
+    if node.op_type in ("Softmax", "Sigmoid", "Cast", "Identity", "ScatterElements"):
+        return last_size(node.inputs[0])
+    if node.op_type in ("Add", "Mul", "Sub", "Div", "Where"):
+        sizes = {last_size(source) for source in node.inputs} - {None, 1}
+        return sizes.pop() if len(sizes) == 1 else None
+    return None
+
+
+def is_op(node: ir.Node, *op_types: str) -> bool:
+    """Returns whether a node is one of these operators of the standard domain."""
+    return node.domain == "" and node.op_type in op_types
+
+
+def rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def is_last_axis(node: ir.Node, value: ir.Value) -> bool:
+    axis = node.attributes.get_int("axis", -1)
+    return axis == -1 or axis == (rank(value) or 0) - 1
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """Returns the one number that a constant holds, or None."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size != 1 or (value is not None and value.is_graph_input()):
+        return None
+    number: float = tensor.numpy().reshape(-1)[0].item()
+    return number
