@@ -12,6 +12,7 @@ __all__ = [
     "SourceError",
     "Target",
     "UnsupportedNodeError",
+    "fuse_experts_rules",
     "moe_to_qmoe_rules",
     "normalize_moe_rules",
     "plan",
@@ -34,6 +35,7 @@ from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import Report
 from qmoe_rules.rules import (
+    fuse_experts_rules,
     moe_to_qmoe_rules,
     normalize_moe_rules,
     qmoe_to_moe_rules,

@@ -19,11 +19,11 @@ __all__ = ["CONVERTED", "KEPT", "SKIPPED", "Report", "Row", "human_bytes", "row_
 _KEY = "qmoe_rules.row"
 
 CONVERTED = "converted"
-"""A float MoE that became a QMoE."""
+"""A node that a rule replaced: a float MoE by a QMoE, or a QMoE as the rule says."""
 SKIPPED = "skipped"
-"""A float MoE that stays as it was, for a reason."""
+"""A node that stays as it was, for a reason."""
 KEPT = "kept"
-"""A node that is QMoE already; nothing to do."""
+"""A node that is what it should be already; nothing to do."""
 
 
 @dataclass(frozen=True)

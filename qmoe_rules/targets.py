@@ -59,6 +59,9 @@ class Provider:
         sparse_mixer: Whether `use_sparse_mixer=1` is honoured.
         limit_after_activation: Whether `swiglu_limit_after_activation=1` is honoured.
         approximate: By (width, whether blockwise), how the kernel is less exact than its weights.
+        falls_back: Activation types without a kernel, which ONNX Runtime hands to the CPU
+            provider: slower, and right only where the CPU provider accepts the same file.
+        newer: By activation, from which ONNX Runtime on it loads.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Provider:
     sparse_mixer: bool
     limit_after_activation: bool
     approximate: Mapping[tuple[int, bool], str] = field(default_factory=dict)
+    falls_back: frozenset[str] = frozenset()
+    newer: Mapping[str, str] = field(default_factory=dict)
 
     def refuse_spec(self, spec: Spec) -> str | None:
         """Returns why no node could be stored as `spec`, or None."""
@@ -145,17 +150,18 @@ CPU = Provider(
 
 CUDA = Provider(
     name="the CUDA provider",
-    source="measured with onnxruntime-gpu 1.31.1 on an H200; bfloat16, gelu, identity, geglu and "
-    "use_sparse_mixer read in its source",
-    dtypes=frozenset({"bfloat16", "float16", "float32"}),
+    source="measured with onnxruntime-gpu 1.31.1 on an H200; geglu read in 1.32's schema",
+    dtypes=frozenset({"bfloat16", "float16"}),
     activations=frozenset({"geglu", "gelu", "identity", "relu", "silu", "swiglu"}),
     fusions=frozenset({1, 2}),
     blocks={bits: frozenset({0, 32, 64, 128, 256}) for bits in (4, 8)},
     layouts=frozenset({"cutlass_sm80", "raw"}),
     divisor=64,
     reads_normalize=True,
-    sparse_mixer=True,
+    sparse_mixer=False,
     limit_after_activation=True,
+    falls_back=frozenset({"float32"}),
+    newer={"geglu": "1.32"},
 )
 
 
@@ -201,17 +207,29 @@ class Target:
         ]
         return reason + (f"; target={others[0]!r} takes it" if others else "")
 
-    def warnings(self, spec: Spec) -> tuple[str, ...]:
-        """Returns where a provider's kernel is less exact than the weights it is given."""
+    def warnings(self, facts: Facts, spec: Spec) -> tuple[str, ...]:
+        """Returns what the owner of a converted node should know about the providers."""
         key = (spec.format.bits, bool(spec.block_size))
-        return tuple(
-            f"{provider.name} {provider.approximate[key]}"
-            for provider in self.providers
-            if key in provider.approximate
-        )
+        warnings = []
+        for provider in self.providers:
+            if key in provider.approximate:
+                warnings.append(f"{provider.name} {provider.approximate[key]}")
+            if facts.dtype in provider.falls_back:
+                warnings.append(
+                    f"{provider.name} has no {facts.dtype} kernel: ONNX Runtime runs such nodes on "
+                    "the CPU"
+                )
+            if facts.activation in provider.newer:
+                oldest = provider.newer[facts.activation]
+                warnings.append(
+                    f"{provider.name} loads {facts.activation} from ONNX Runtime {oldest} on"
+                )
+        return tuple(warnings)
 
     def _refuse(self, facts: Facts) -> str | None:
-        return _first(provider.refuse(facts) for provider in self.providers)
+        on_cpu = CPU in self.providers
+        asked = (p for p in self.providers if not (on_cpu and facts.dtype in p.falls_back))
+        return _first(provider.refuse(facts) for provider in asked)
 
 
 def _first(reasons: Iterable[str | None]) -> str | None:

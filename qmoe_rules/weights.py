@@ -279,7 +279,9 @@ def _sliced(source: Slices, axis: int, cut: slice) -> Slices:
     if axis == 0:
         return _whole(source, shape, lambda array: array[cut])
     where = (slice(None),) * axis + (cut,)
-    return Combined([source], shape, source.dtype, lambda block: block[where])
+    return Combined(
+        [source], shape, source.dtype, lambda block: block[where], is_view=source.is_view
+    )
 
 
 _NODES: dict[str, Callable[[ir.Node, ir.Value], Slices]] = {

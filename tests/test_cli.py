@@ -99,7 +99,8 @@ def test_plan_prints_nodes_sizes_and_total(qmoe: Run, source: Path, tmp_path: Pa
     assert first.split() == ["layers.0.moe", *row]
     assert second.split() == ["layers.1.moe", *row]
     report = plan(source, bits=4, block_size=32)
-    assert rest == [report.summary()]
+    notes = [f"note: {warning}" for warning in report.rows[0].warnings]
+    assert rest == [*notes, report.summary()]
     assert "2 converted; model 4.08 MB -> " in out
     assert snapshot(tmp_path) == before
 

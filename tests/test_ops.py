@@ -149,3 +149,34 @@ def test_shapes_of_another_rank_disagree(shape: tuple[int | str, ...]) -> None:
     reason = ops.refuse_shapes((4, 6, 8), (4, 8, 3), given, VALUES)
     assert reason is not None
     assert reason.endswith("the weights ask for [?, 4]")
+
+
+def test_an_fc3_takes_half_of_the_rows_of_fc1() -> None:
+    given = dict.fromkeys(ops.MOE_INPUTS)
+    values = VALUES | {"swiglu_fusion": 0}
+    assert ops.refuse_shapes((4, 3, 8), (4, 8, 3), given, values, (4, 3, 8)) is None
+    assert ops.refuse_shapes((4, 3, 8), (4, 8, 3), given, values, (4, 6, 8)) == (
+        "fc3_experts_weights is [4, 6, 8]; fc2_experts_weights [4, 8, 3] with activation 'swiglu' "
+        "asks for [4, 3, 8]"
+    )
+    reason = ops.refuse_shapes((4, 3, 8), (4, 8, 3), given, VALUES, (4, 3, 8))
+    assert reason == "swiglu_fusion=1 with fc3, which is the gate's partner already"
+    given["fc3_experts_bias"] = ir.val("bias", ir.DataType.FLOAT, (4, 6))
+    reason = ops.refuse_shapes((4, 3, 8), (4, 8, 3), given, values, (4, 3, 8))
+    assert reason == "fc3_experts_bias is [4, 6]; the weights ask for [4, 3]"
+
+
+def test_the_last_axis_of_the_input_is_the_hidden_size() -> None:
+    for shape, agrees in [((None, 8), True), ((2, 5, 8), True), ((None, 9), False)]:
+        given = dict.fromkeys(ops.MOE_INPUTS)
+        given["input"] = ir.val("x", ir.DataType.FLOAT, shape)
+        reason = ops.refuse_shapes((4, 6, 8), (4, 8, 3), given, VALUES)
+        assert reason == (None if agrees else "input is [?, 9]; the weights ask for [?, 8]")
+
+
+def test_slots_are_those_of_the_schema_without_missing_ones_at_the_end() -> None:
+    x, scales = ir.val("x"), ir.val("scales")
+    given = {"fc1_scales": scales, "input": x, "fc2_scales": None}
+    assert ops.slots("QMoE", given) == [x, None, None, scales]
+    assert ops.slots("MoE", given) == [x]
+    assert ops.slots("MoE", {}) == []

@@ -65,3 +65,24 @@ def test_a_stack_of_experts_means_what_its_experts_mean(spec: Spec) -> None:
     for expert, weight in enumerate(stack.dequantize()):
         alone = QuantizedWeights(stack.packed[expert], stack.scales[expert], spec)
         np.testing.assert_array_equal(weight, alone.dequantize())
+
+
+@pytest.mark.parametrize("dtype", SCALE_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_zero_points_take_the_place_of_the_formats_own(
+    spec: Spec, dtype: np.dtype[np.generic]
+) -> None:
+    symmetric, codes = random_weights(spec, dtype, (2, 6, COLUMNS))
+    rng = np.random.default_rng(1)
+    scales = symmetric.scales
+    points = rng.integers(0, spec.format.max_code + 1, scales.shape, dtype=np.uint8)
+    weight = QuantizedWeights(symmetric.packed, scales, spec, points).dequantize()
+    assert weight.dtype == np.float32
+    for index in np.ndindex(codes.shape):
+        *row, k = index
+        place = (*row, k // spec.block_size) if spec.block_size else tuple(row)
+        meant = np.float32(int(codes[index]) - int(points[place])) * np.float32(scales[place])
+        assert weight[index] == meant
+    middle = np.full(scales.shape, spec.format.zero_point, np.uint8)
+    stated = QuantizedWeights(symmetric.packed, scales, spec, middle)
+    np.testing.assert_array_equal(stated.dequantize(), symmetric.dequantize())

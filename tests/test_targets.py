@@ -63,16 +63,12 @@ def test_every_target_takes_a_plain_node(target: str) -> None:
         ),
         (changed(fusion=2), "the CPU provider does not take swiglu_fusion=2 (it takes 1)"),
         (
-            changed(sparse_mixer=True),
-            "the CPU provider ignores use_sparse_mixer=1 and would route differently",
-        ),
-        (
             changed(limit_after_activation=True),
             "the CPU provider does not honour swiglu_limit_after_activation=1",
         ),
         # Several at once: the type comes first.
         (
-            changed(dtype="bfloat16", activation="geglu", fusion=2, sparse_mixer=True),
+            changed(dtype="bfloat16", activation="geglu", fusion=2),
             "the CPU provider has no bfloat16 kernel (it has float16, float32)",
         ),
     ],
@@ -99,7 +95,7 @@ def test_cuda_wants_sizes_divisible_by_64_and_cpu_does_not(hidden: int, inter: i
     [
         (
             changed(dtype="float64"),
-            "the CUDA provider has no float64 kernel (it has bfloat16, float16, float32)",
+            "the CUDA provider has no float64 kernel (it has bfloat16, float16)",
         ),
         (
             changed(activation="tanh"),
@@ -140,7 +136,9 @@ def test_activations_without_a_gate_need_no_fusion(activation: str) -> None:
 def test_portable_takes_exactly_what_cpu_and_cuda_both_take() -> None:
     portable = TARGETS["portable"]
     for facts in GRID:
-        reasons = [reason for provider in (CPU, CUDA) if (reason := provider.refuse(facts))]
+        # float32 runs on the CPU, even in a session for CUDA.
+        providers = (CPU,) if facts.dtype == "float32" else (CPU, CUDA)
+        reasons = [reason for provider in providers if (reason := provider.refuse(facts))]
         refusal = refusal_of(portable, facts)
         assert (refusal is None) == (not reasons), facts
         if refusal:
@@ -166,6 +164,8 @@ def test_a_suggested_target_takes_the_node_and_none_is_left_out(name: str) -> No
 
 
 def _refused(target: str, facts: Facts) -> bool:
+    if target == "portable" and facts.dtype == "float32":
+        target = "cpu"
     return any(provider.refuse(facts) for provider in TARGETS[target].providers)
 
 
@@ -247,7 +247,9 @@ def test_only_cuda_reads_normalize_routing_weights_by_itself(target: str, reads:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_blockwise_int8_on_cpu_is_less_exact_than_its_weights(target: str) -> None:
-    warned = {str(spec): TARGETS[target].warnings(spec) for spec in SPECS if spec.format != INT2}
+    warned = {
+        str(spec): TARGETS[target].warnings(PLAIN, spec) for spec in SPECS if spec.format != INT2
+    }
     coarse = "the CPU provider rounds activations to int8 with blockwise int8, 1 to 2 % off"
     for spec, warnings in warned.items():
         expected = (coarse,) if target != "cuda" and spec.startswith("int8 block") else ()
@@ -264,7 +266,7 @@ def test_a_target_is_known_by_its_own_name_and_providers() -> None:
 
 
 def test_a_target_that_would_not_store_the_node_so_is_not_suggested() -> None:
-    facts = changed(sparse_mixer=True)
+    facts = changed(fusion=2)
     assert "target='cuda'" in str(TARGETS["cpu"].refuse(facts, Spec(INT4, 32), "raw"))
     assert "target=" not in str(TARGETS["cpu"].refuse(facts, Spec(INT4, 16), "raw"))
 
@@ -272,3 +274,25 @@ def test_a_target_that_would_not_store_the_node_so_is_not_suggested() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_fusion_without_a_gate_reads_out_of_bounds_and_is_refused(target: str) -> None:
     assert "has no gate to fuse" in str(refusal_of(TARGETS[target], changed(activation="silu")))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_sparse_mixer_is_computed_by_none(target: str) -> None:
+    refusal = refusal_of(TARGETS[target], changed(sparse_mixer=True))
+    assert "ignores use_sparse_mixer=1 and would route differently" in str(refusal)
+
+
+def test_float32_runs_on_the_cpu_in_a_session_for_cuda() -> None:
+    facts, spec = changed(dtype="float32"), Spec(INT4, 32)
+    refusal = "the CUDA provider has no float32 kernel (it has bfloat16, float16)"
+    assert TARGETS["cuda"].refuse(facts, spec, "cutlass_sm80") == refusal
+    assert TARGETS["cuda"].refuse(facts, spec, "raw") == f"{refusal}; target='portable' takes it"
+    assert TARGETS["portable"].refuse(facts, spec, "raw") is None
+    assert TARGETS["portable"].warnings(facts, spec) == (
+        "the CUDA provider has no float32 kernel: ONNX Runtime runs such nodes on the CPU",
+    )
+
+
+def test_geglu_is_told_to_need_a_newer_runtime() -> None:
+    (warning,) = TARGETS["cuda"].warnings(changed(activation="geglu"), Spec(INT4, 32))
+    assert warning == "the CUDA provider loads geglu from ONNX Runtime 1.32 on"

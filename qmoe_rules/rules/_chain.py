@@ -8,16 +8,16 @@ read iteratively, from its last Add; what else is added on its way stays an Add.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 
 from qmoe_rules.rules._experts import Experts, Parts, assemble
+from qmoe_rules.rules._facts import both_ways, is_op, over_last_axis, producer, scalar
 from qmoe_rules.rules._fusing import Block, FusingRule
 from qmoe_rules.rules._mlp import MLP, Linear, match_mlp
-from qmoe_rules.rules._facts import is_op, over_last_axis, scalar
 from qmoe_rules.rules._routing import routing_of
 
 __all__ = ["Chain", "ChainRule", "Map", "Term", "chain_ending_in", "name_of", "term_of"]
@@ -33,6 +33,7 @@ class Term:
         indices: The chosen experts, [..., k].
         weights: Their weights, [..., k].
         nodes: The nodes that weight it.
+        mask: The Cast that makes 1 where this expert was chosen and 0 elsewhere.
     """
 
     expert: int
@@ -40,6 +41,15 @@ class Term:
     indices: ir.Value
     weights: ir.Value
     nodes: tuple[ir.Node, ...]
+    mask: ir.Node | None = None
+
+    def refuse_mask(self) -> str | None:
+        """Returns how the types of weights and mask differ, as one exporter's do, or None."""
+        known = self.weights.dtype
+        to = 0 if self.mask is None else self.mask.attributes.get_int("to", 0)
+        if known is None or not to or ir.DataType(to) == known:
+            return None
+        return f"expert {self.expert} has {known.name} weights and a {ir.DataType(to).name} mask"
 
     def shares_routing(self, other: Term | None) -> bool:
         """Returns whether another term, if it is one, is of the same layer."""
@@ -61,47 +71,49 @@ class Chain:
     rest: ir.Value | None
 
 
+Reader = Callable[[ir.Value | None], Term | None]
+
+
 def term_of(value: ir.Value | None) -> Term | None:
     """Returns the share of an expert that a value is, or None; in constant time."""
-    product = _producer(value, "Mul")
-    for output, weight in _both_ways(product):
-        shape = _producer(weight, "Unsqueeze")
+    product = producer(value, "Mul")
+    for output, weight in both_ways(product):
+        shape = producer(weight, "Unsqueeze")
         kept = 0 if shape is not None else 1
         if shape is not None:
             if not over_last_axis(shape, weight):
                 continue
             weight = shape.inputs[0]
-        total = _producer(weight, "ReduceSum")
+        total = producer(weight, "ReduceSum")
         if total is None or total.attributes.get_int("keepdims", 1) != kept:
             continue
         if not over_last_axis(total, total.inputs[0]):
             continue
-        masked = _producer(total.inputs[0], "Mul")
-        for weights, mask in _both_ways(masked):
-            cast = _producer(mask, "Cast", "CastLike")
-            equal = None if cast is None else _producer(cast.inputs[0], "Equal")
-            for indices, number in _both_ways(equal):
+        masked = producer(total.inputs[0], "Mul")
+        for weights, mask in both_ways(masked):
+            cast = producer(mask, "Cast", "CastLike")
+            equal = None if cast is None else producer(cast.inputs[0], "Equal")
+            for indices, number in both_ways(equal):
                 expert = scalar(number)
                 if expert is None or None in (output, weights, indices):
                     continue
                 nodes = (product, shape, total, masked, cast, equal)
-                return Term(
-                    int(expert),
-                    output,
-                    indices,
-                    weights,
-                    tuple(node for node in nodes if node is not None),
-                )
+                present = tuple(node for node in nodes if node is not None)
+                return Term(int(expert), output, indices, weights, present, cast)
     return None
 
 
-def chain_ending_in(node: ir.Node) -> Chain | None:
+def chain_ending_in(node: ir.Node, read: Reader = term_of) -> Chain | None:
     """Returns the chain whose last Add a node is, or None.
 
     Constant time where there is none, else linear in its length.
+
+    Args:
+        node: The node.
+        read: Returns the share of an expert that a value is, or None.
     """
-    term = next(filter(None, map(term_of, node.inputs)), None)
-    if term is None or any(_goes_on(term, node.outputs[0], user) for user in _users(node)):
+    term = next(filter(None, map(read, node.inputs)), None)
+    if term is None or any(_goes_on(term, node.outputs[0], user, read) for user in _users(node)):
         return None
     terms: list[Term] = []
     adds: list[ir.Node] = []
@@ -109,23 +121,25 @@ def chain_ending_in(node: ir.Node) -> Chain | None:
     current: ir.Node | None = node
     while current is not None:
         adds.append(current)
-        rest, current = _step(term, current, terms)
+        rest, current = _step(term, current, terms, read)
     return Chain(terms, adds, rest)
 
 
-def _step(first: Term, add: ir.Node, terms: list[Term]) -> tuple[ir.Value | None, ir.Node | None]:
+def _step(
+    first: Term, add: ir.Node, terms: list[Term], read: Reader
+) -> tuple[ir.Value | None, ir.Node | None]:
     """Collects the terms of one Add; returns what it adds them to, or the chain's next Add."""
     left = []
     for value in add.inputs:
-        term = term_of(value)
+        term = read(value)
         if term is not None and first.shares_routing(term):
             terms.append(term)
         else:
             left.append(value)
     if not left:
         return None, None
-    below = _producer(left[0], "Add")
-    if below is not None and any(first.shares_routing(term_of(v)) for v in below.inputs):
+    below = producer(left[0], "Add")
+    if below is not None and any(first.shares_routing(read(v)) for v in below.inputs):
         return None, below
     return left[0], None
 
@@ -134,22 +148,12 @@ def _users(node: ir.Node) -> Iterable[ir.Node]:
     return node.outputs[0].consumers()
 
 
-def _goes_on(term: Term, total: ir.Value, user: ir.Node) -> bool:
+def _goes_on(term: Term, total: ir.Value, user: ir.Node, read: Reader) -> bool:
     """Returns whether a user of a sum adds another term of the same layer."""
     if not is_op(user, "Add"):
         return False
     others = [value for value in user.inputs if value is not total]
-    return any(term.shares_routing(term_of(value)) for value in others)
-
-
-def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and any(is_op(node, kind) for kind in op_types) else None
-
-
-def _both_ways(node: ir.Node | None) -> tuple[Sequence[Any], ...]:
-    """Returns the two operands of a node in both orders, nothing where there is no node."""
-    return () if node is None else (tuple(node.inputs), tuple(node.inputs)[::-1])
+    return any(term.shares_routing(read(value)) for value in others)
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,21 @@ class ChainRule(FusingRule, Generic[M]):
     def claims(self, value: ir.Value) -> bool:
         """Returns whether an expert's output is of this family, or at least of no other."""
 
+    def term(self, value: ir.Value | None) -> Term | None:
+        """Returns the share of an expert that a value is, or None; in constant time."""
+        return term_of(value)
+
     def storage(self, maps: Sequence[M]) -> Mapping[str, Any]:
         """Returns QMoE's attributes for quantized maps."""
         return {}
 
+    def refuse(self, experts: Experts, maps: Sequence[M]) -> str | None:
+        """Returns why experts that are one MoE by themselves stay, or None."""
+        return None
+
     def find(self, node: ir.Node) -> Block | str | None:
         """Returns the experts that a chain adds up, and why they stay where they do."""
-        chain = chain_ending_in(node)
+        chain = chain_ending_in(node, self.term)
         if chain is None or not self.claims(chain.terms[0].value):
             return None
         terms = sorted(chain.terms, key=lambda term: term.expert)
@@ -203,6 +215,8 @@ class ChainRule(FusingRule, Generic[M]):
             return reason
         mlps: list[MLP[M]] = []
         for term in terms:
+            if reason := term.refuse_mask():
+                return reason
             mlp = match_mlp(term.value, self.linear)
             if isinstance(mlp, str):
                 return f"expert {term.expert}: {mlp}"
@@ -224,7 +238,11 @@ class ChainRule(FusingRule, Generic[M]):
         home = maps[0].constants[0]
         if home is None:
             raise AssertionError("a map has a weight")
-        return assemble(mlps, routing, self.parts, home=home, storage=self.storage(maps))
+        storage = self.storage(maps)
+        experts = assemble(mlps, routing, self.parts, home=home, storage=storage)
+        if isinstance(experts, str):
+            return experts
+        return self.refuse(experts, maps) or experts
 
 
 def _maps(mlp: MLP[M]) -> list[M]:
@@ -245,7 +263,9 @@ def name_of(mlps: Sequence[MLP[Any]], node: ir.Node) -> str:
     """Returns what the names of all weights begin with, or the name of a node."""
     names = [str(each.constants[0].name) for mlp in mlps for each in _maps(mlp)]
     first, last = min(names), max(names)  # what these two share, all share
-    size = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), 0)
+    size = next(
+        (i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), 0
+    )
     prefix = first[:size]
     cut = max(prefix.rfind("."), prefix.rfind("/"))
     return prefix[:cut] if cut > 0 else (node.name or str(node.outputs[0].name))

@@ -211,7 +211,7 @@ def refuse_experts(experts: Experts, opset: int) -> str | None:
         opset: The model's opset of the standard domain.
     """
     if (experts.activation in GATED) != (experts.up is not None):
-        kind = "a gated" if experts.up is not None else "a plain"
+        kind = "gated" if experts.up is not None else "plain"
         return f"MoE has no {kind} {experts.activation}"
     if experts.limit is not None and not experts.limit >= 0:
         return f"the clamp {experts.limit:g} is negative"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -9,11 +10,14 @@ import onnx_ir as ir
 from qmoe_rules import ops
 
 __all__ = [
+    "both_ways",
     "is_last_axis",
     "is_op",
     "last_size",
     "not_negative",
+    "number",
     "over_last_axis",
+    "producer",
     "rank",
     "same_tokens",
     "scalar",
@@ -21,6 +25,7 @@ __all__ = [
 
 # Elements of a constant that is looked at.
 _SMALL = 1 << 16
+
 
 def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
     """Returns whether a node's `axes` are just the last axis of a value.
@@ -75,10 +80,11 @@ def not_negative(value: ir.Value) -> bool:
 
 
 # Operators whose outputs have the leading axes of an input, or what they are broadcast to.
-_ROW_WISE = {
-    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Gemm", "Identity", "LayerNormalization", "Log",
-    "MatMul", "Mul", "RMSNormalization", "Relu", "ScatterElements", "Sigmoid",
-    "SimplifiedLayerNormalization", "Softmax", "Sub", "TopK", "Where",
+_ROW_WISE = {"Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Where"}
+_FIRST_ROW_WISE = {
+    "Abs", "Cast", "Clip", "Exp", "Gemm", "Identity", "LayerNormalization", "Log", "MatMul",
+    "RMSNormalization", "Relu", "ScatterElements", "Sigmoid", "SimplifiedLayerNormalization",
+    "Softmax", "Softplus", "Sqrt", "TopK",
 }  # fmt: skip
 # A router is small: a longer search has left it.
 _SEARCHED = 200
@@ -100,40 +106,59 @@ def same_tokens(value: ir.Value, source: ir.Value) -> bool:
         node = current.producer()
         if node is None:
             continue
-        if is_op(node, "GatherElements"):
-            sources = node.inputs[1:]
-        elif is_op(node, "ReduceSum", "ReduceMax") and over_last_axis(node, node.inputs[0]):
-            sources = node.inputs[:1]
-        else:
-            sources = node.inputs if is_op(node, *_ROW_WISE) else ()
+        sources = _row_sources(node)
         fresh = [each for each in sources if each is not None and each not in seen]
         seen.update(fresh)
         pending += fresh
     return False
 
 
+def _row_sources(node: ir.Node) -> Sequence[ir.Value | None]:
+    """Returns the inputs that an operator's outputs share their leading axes with."""
+    if is_op(node, "GatherElements"):
+        return node.inputs[1:]
+    if is_op(node, "ReduceMax", "ReduceSum"):
+        return node.inputs[:1] if over_last_axis(node, node.inputs[0]) else ()
+    if is_op(node, "Concat") and not is_last_axis(node, node.outputs[0]):
+        return ()
+    if is_op(node, *_FIRST_ROW_WISE):
+        return node.inputs[:1]
+    return node.inputs if is_op(node, *_ROW_WISE) else ()
+
+
 def _same_size(first: Any, second: Any) -> bool:
     return first == second and not (isinstance(first, ir.SymbolicDim) and first.value is None)
 
 
-def last_size(value: ir.Value | None) -> int | None:
-    """Returns the size of a value's last axis, from its shape or from what computes it."""
+def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
+    """Returns the size of a value's last axis, from its shape or from what computes it.
+
+    Args:
+        value: The value.
+        depth: How many nodes back to look.
+    """
     shape = ops.static_shape(value)
     if shape and shape[-1] is not None:
         return shape[-1]
     node = None if value is None else value.producer()
-    if node is None or node.domain != "":
+    if node is None or node.domain != "" or not depth:
         return None
-    if node.op_type == "MatMul":
-        return last_size(node.inputs[1])
     if node.op_type == "Gemm":
         weight = ops.static_shape(node.inputs[1])
         return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
+    if node.op_type == "TopK":
+        k = scalar(node.inputs[1])
+        return None if k is None else int(k)
+    if node.op_type in ("MatMul", "GatherElements"):
+        return last_size(node.inputs[1], depth - 1)
+    sizes = [last_size(source, depth - 1) for source in node.inputs]
     if node.op_type in ("Softmax", "Sigmoid", "Cast", "Identity", "ScatterElements"):
-        return last_size(node.inputs[0])
+        return sizes[0]
+    if node.op_type == "Concat" and is_last_axis(node, node.outputs[0]) and None not in sizes:
+        return sum(size for size in sizes if size is not None)
     if node.op_type in ("Add", "Mul", "Sub", "Div", "Where"):
-        sizes = {last_size(source) for source in node.inputs} - {None, 1}
-        return sizes.pop() if len(sizes) == 1 else None
+        wide = set(sizes) - {None, 1}
+        return wide.pop() if len(wide) == 1 else None
     return None
 
 
@@ -142,11 +167,24 @@ def is_op(node: ir.Node, *op_types: str) -> bool:
     return node.domain == "" and node.op_type in op_types
 
 
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """Returns the node of one of these operators that computes a value, or None."""
+    node = None if value is None else value.producer()
+    return node if node is not None and is_op(node, *op_types) else None
+
+
+def both_ways(node: ir.Node | None) -> tuple[Sequence[Any], ...]:
+    """Returns the two operands of a node in both orders, nothing where there is no node."""
+    return () if node is None else (tuple(node.inputs), tuple(node.inputs)[::-1])
+
+
 def rank(value: ir.Value | None) -> int | None:
+    """Returns how many axes a value has, None where that is not known."""
     return None if value is None or value.shape is None else len(value.shape)
 
 
-def is_last_axis(node: ir.Node, value: ir.Value) -> bool:
+def is_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
+    """Returns whether a node's `axis`, -1 where it is left out, is the last one of a value."""
     axis = node.attributes.get_int("axis", -1)
     return axis == -1 or axis == (rank(value) or 0) - 1
 
@@ -158,3 +196,14 @@ def scalar(value: ir.Value | None) -> float | None:
         return None
     number: float = tensor.numpy().reshape(-1)[0].item()
     return number
+
+
+def number(value: ir.Value | None) -> float | None:
+    """Returns the one number that a value is known to be: a constant, or a size that is known."""
+    node = producer(value, "Shape")
+    shape = None if node is None else ops.static_shape(node.inputs[0])
+    if node is None or shape is None:
+        return scalar(value)
+    start = node.attributes.get_int("start", 0)
+    sizes = shape[start : node.attributes.get_int("end", len(shape))]
+    return sizes[0] if len(sizes) == 1 else None

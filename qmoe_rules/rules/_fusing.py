@@ -50,7 +50,8 @@ class FusingRule(RewriteRuleClassBase):
         super().__init__(type(self).__name__)
         self._report = report
         self._block: Block | None = None
-        self._fused: list[tuple[ir.Node, Block]] = []
+        # The node that was matched loses its inputs, so they are remembered.
+        self._fused: list[tuple[ir.Node, Sequence[ir.Value | None], Block]] = []
         self._planned: list[ir.Value] = []
 
     def find(self, node: ir.Node) -> Block | str | None:
@@ -88,7 +89,8 @@ class FusingRule(RewriteRuleClassBase):
         result: ir.Value = bindings["result"]
         made = emit_moe(op, block.experts, block.name)
         self._planned.extend(made.planned)
-        self._fused.append((ops.producer(result), block))
+        last = ops.producer(result)
+        self._fused.append((last, tuple(last.inputs), block))
         self.fused(block, made.node)
         output = made.output if block.rest is None else op.Add(made.output, block.rest)
         ops.producer(output).doc_string = ops.producer(result).doc_string
@@ -107,9 +109,10 @@ class FusingRule(RewriteRuleClassBase):
                 del graph.initializers[str(value.name)]
         self._planned.clear()
         loose: dict[ir.Value, None] = {}
-        for last, block in self._fused:
+        for last, inputs, block in self._fused:
             if last.graph is None:
                 loose |= _remove(block.nodes)
+                loose |= {value: None for value in inputs if value is not None}
         self._fused.clear()
         for value in loose:
             ops.discard(value)

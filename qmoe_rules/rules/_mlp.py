@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import onnx_ir as ir
 
-from qmoe_rules.rules._facts import scalar
+from qmoe_rules import ops
+from qmoe_rules.rules._facts import last_size, number, rank, scalar
 
 __all__ = ["ALL", "EVEN", "FIRST_HALF", "MLP", "ODD", "SECOND_HALF", "Linear", "match_mlp"]
 
@@ -156,10 +157,10 @@ class _Reader(Generic[T]):
         if node is None:
             return None
         argument = node.inputs[0]
-        if node.op_type == "Gelu" and node.attributes.get_string("approximate", "none") == "tanh":
-            return None if argument is None else ("geglu", 1.0, argument, None)
-        if node.op_type == "Relu":
-            return None if argument is None else ("relu", 1.0, argument, None)
+        if argument is not None and _is_tanh_gelu(node):
+            return "geglu", 1.0, argument, None
+        if argument is not None and node.op_type == "Relu":
+            return "relu", 1.0, argument, None
         if node.op_type in ("Swish", "QuickGelu"):
             alpha = node.attributes.get_float(
                 "alpha", 1.702 if node.op_type == "QuickGelu" else 1.0
@@ -238,10 +239,19 @@ class _Reader(Generic[T]):
     def _node(self, value: ir.Value | None, op_type: str | None = None) -> ir.Node | None:
         """Returns the producer of a value and remembers it as a part of the expert."""
         node = None if value is None else value.producer()
-        if node is None or (op_type is not None and node.op_type != op_type):
+        if node is None or node.domain not in ("", ops.DOMAIN):
+            return None
+        if op_type is not None and node.op_type != op_type:
             return None
         self._nodes.append(node)
         return node
+
+
+def _is_tanh_gelu(node: ir.Node) -> bool:
+    """Returns whether a node is the tanh form of gelu, the only one that MoE has."""
+    if node.op_type == "FastGelu":
+        return len(node.inputs) < 2 or node.inputs[1] is None
+    return node.op_type == "Gelu" and node.attributes.get_string("approximate", "") == "tanh"
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:
@@ -266,16 +276,19 @@ def _columns(node: ir.Node, value: ir.Value) -> str | None:
     """Returns which columns of its input Split or Slice hands on, or None."""
     if node.op_type == "Split":
         return _columns_of_split(node, value)
-    if node.op_type != "Slice":
+    if node.op_type != "Slice" or len(node.inputs) < 4:
         return None
-    starts, ends, axes, steps = (
-        scalar(node.inputs[i]) if i < len(node.inputs) else None for i in (1, 2, 3, 4)
-    )
-    rank = len(value.shape) if value.shape is not None else 0
-    to_the_end = ends is not None and ends >= 2**31 - 1
-    if axes not in (-1, rank - 1) or steps != 2 or not to_the_end or starts not in (0, 1):
+    start, end, axis = (number(bound) for bound in node.inputs[1:4])
+    step = number(node.inputs[4]) if len(node.inputs) > 4 else 1
+    if start is None or end is None or axis not in (-1, (rank(value) or 0) - 1):
         return None
-    return EVEN if starts == 0 else ODD
+    width = last_size(node.inputs[0])
+    if step == 2 and end >= (width or 2**31 - 1):
+        return {0: EVEN, 1: ODD}.get(int(start))
+    if step != 1 or width is None:
+        return None
+    halves = {(0, width / 2): FIRST_HALF, (width / 2, width): SECOND_HALF}
+    return halves.get((start, min(end, width)))
 
 
 def _columns_of_split(node: ir.Node, value: ir.Value) -> str | None:

@@ -159,15 +159,16 @@ def _floats(op: Any, value: float) -> ir.Value:
 
 
 def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
-    """Returns (k, how many are ranked) of indices that TopK made, the second None if unknown."""
+    """Returns (k, how many are ranked) of indices that TopK or ArgMax made.
+
+    The second is None where it is not known.
+    """
     node = _producer(indices)
     if node is None:
         return None
     if is_op(node, "TopK") and indices.index() == 1 and node.attributes.get_int("largest", 1) == 1:
         k = scalar(node.inputs[1])
-        rank = rank(indices) or rank(node.inputs[0])
-        axis = node.attributes.get_int("axis", -1)
-        if k is None or not (axis == -1 or (rank is not None and axis == rank - 1)):
+        if k is None or not (is_last_axis(node, indices) or is_last_axis(node, node.inputs[0])):
             return None
         return int(k), last_size(node.inputs[0])
     if is_op(node, "Concat") and is_last_axis(node, indices):
@@ -177,6 +178,10 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
         known = [part for part in parts if part is not None]
         widths = {width for _, width in known}
         return sum(k for k, _ in known), widths.pop() if len(widths) == 1 else None
+    if is_op(node, "ArgMax") and node.attributes.get_int("keepdims", 1) == 1:
+        axis = node.attributes.get_int("axis", 0)
+        is_last = axis in (-1, (rank(indices) or 0) - 1)
+        return (1, last_size(node.inputs[0])) if is_last else None
     if is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
         return _chosen(node.inputs[0])
     return None

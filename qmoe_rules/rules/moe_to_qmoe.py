@@ -65,6 +65,7 @@ class _Conversion:
     """What `check` found out about a node and `rewrite` needs."""
 
     recipe: Recipe
+    facts: Facts
     attributes: Mapping[str, Any]
     projections: Mapping[str, Projection]
 
@@ -100,7 +101,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         row = _row(node, found)
         self._report.record(node, row)
         for warning in row.warnings:
-            logger.warning("%s: %s", row.node, warning)
+            logger.info("%s: %s", row.node, warning)
         if isinstance(found, str):
             if found != told:
                 logger.warning("%s stays in float: %s", row.node, found)
@@ -183,6 +184,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         weights = _weights(given)
         if isinstance(weights, str):
             return weights
+        facts = _facts(weights, attributes)
         reason = (
             ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
             or _refuse_types(weights)
@@ -197,7 +199,7 @@ class MoEToQMoE(RewriteRuleClassBase):
             name: Projection(view, recipe.spec, recipe.layout, recipe.method)
             for name, view in weights.items()
         }
-        return _Conversion(recipe, attributes, projections)
+        return _Conversion(recipe, facts, attributes, projections)
 
 
 def _weights(given: Mapping[str, ir.Value | None]) -> dict[str, ExpertWeights] | str:
@@ -264,12 +266,13 @@ def _row(node: ir.Node, found: _Conversion | str) -> Row:
         status=CONVERTED,
         stored=f"{found.recipe.spec}, {found.recipe.layout}",
         bytes_after=sum(projection.nbytes for projection in found.projections.values()),
-        warnings=_warnings(node, found.recipe),
+        warnings=_warnings(node, found),
     )
 
 
-def _warnings(node: ir.Node, recipe: Recipe) -> tuple[str, ...]:
-    warnings = list(recipe.provider_target.warnings(recipe.spec))
+def _warnings(node: ir.Node, found: _Conversion) -> tuple[str, ...]:
+    recipe = found.recipe
+    warnings = list(recipe.provider_target.warnings(found.facts, recipe.spec))
     router = ops.inputs(node)["router_probs"]
     producer = router.producer() if router is not None else None
     if producer is not None and producer.op_type == "Softmax":

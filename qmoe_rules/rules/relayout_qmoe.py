@@ -29,7 +29,7 @@ def relayout_qmoe_rules(
 
     Args:
         layout: `"raw"`, which every provider reads, or `"cutlass_sm80"`, which CUDA reads without
-            repacking at load time.
+            repacking at load time and other providers may misread.
         source_layout: The layout of nodes that do not state theirs in `weights_prepacked`:
             `"raw"` where a CPU build wrote them, `"cutlass_sm80"` where a CUDA build did.
         report: Collects one row per QMoE node.

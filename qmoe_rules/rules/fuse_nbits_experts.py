@@ -1,0 +1,214 @@
+"""Experts that are MatMulNBits and all compute every token -> QMoE, with the very same bytes.
+
+MatMulNBits and QMoE store codes, scales and zero points alike, so the rows of the experts are put
+together as they are. The family's graph is told in `_chain`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from qmoe_rules import ops
+from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.report import CONVERTED, Report, Row
+from qmoe_rules.rules._chain import ChainRule, Map
+from qmoe_rules.rules._experts import Experts, Parts, derived, stack
+from qmoe_rules.rules._fusing import Block
+from qmoe_rules.rules._mlp import Linear
+from qmoe_rules.slices import Slices
+from qmoe_rules.targets import CUDA, Facts, Target
+
+__all__ = ["FuseNBitsExperts"]
+
+# MatMulNBits' inputs after the activations, in the order of `Map.constants`.
+_INPUTS = ("weights", "scales", "zero_points", "g_idx", "bias")
+# The compute types that MatMulNBits may choose from; QMoE computes as exactly as the activations.
+_ACCURACY_LEVELS = range(5)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """How MatMulNBits stores a map [rows, columns]."""
+
+    rows: int
+    columns: int
+    bits: int
+    block_size: int
+    accuracy_level: int
+
+    @property
+    def blocks(self) -> int:
+        """Scales per row."""
+        return -(-self.columns // self.block_size)
+
+    @property
+    def spec(self) -> Spec:
+        """The same as QMoE says it."""
+        return Spec(FORMATS[f"int{self.bits}"], self.block_size)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the parts of one expert, as QMoE has them."""
+        return {
+            "weights": (self.rows, self.columns * self.bits // 8),
+            "scales": (self.rows, self.blocks),
+            "zero_points": (self.rows, -(-self.blocks * self.bits // 8)),
+            "bias": (self.rows,),
+        }
+
+    def refuse(self) -> str | None:
+        """Returns why QMoE cannot store it so, or None."""
+        if f"int{self.bits}" not in FORMATS:
+            return f"MatMulNBits with {self.bits} bits"
+        if self.block_size < 1 or self.columns % self.block_size:
+            return f"{self.columns} columns are not whole blocks of {self.block_size}"
+        if self.accuracy_level not in _ACCURACY_LEVELS:
+            return f"MatMulNBits with accuracy_level={self.accuracy_level}"
+        return None
+
+
+class FuseNBitsExperts(ChainRule[Map]):
+    """The rule for MatMulNBits; the attribute of a map is its `_Storage`."""
+
+    def __init__(self, report: Report, target: Target) -> None:
+        super().__init__(report)
+        self._target = target
+
+    def claims(self, value: ir.Value) -> bool:
+        """Takes the experts that end in MatMulNBits."""
+        return self.linear(value) is not None
+
+    def linear(self, value: ir.Value) -> Linear[Map] | None:
+        """Reads MatMulNBits, and MatMulNBits + b."""
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "Add" and node.domain == "":
+            for product, bias in (node.inputs, node.inputs[::-1]):
+                inner = None if product is None else _product(product.producer())
+                if inner is not None and bias is not None and inner.weight.constants[-1] is None:
+                    weight = inner.weight
+                    constants = (*weight.constants[:-1], bias)
+                    nodes = (*weight.nodes, node)
+                    return Linear(inner.source, Map(constants, weight.attributes, nodes))
+            return None
+        return _product(node)
+
+    def parts(self, maps: Sequence[Map]) -> Parts | str:
+        """Stacks the codes, scales, zero points and biases of all experts."""
+        storage: _Storage = maps[0].attributes[0]
+        if any(each.attributes != maps[0].attributes for each in maps):
+            return "the experts' MatMulNBits differ in their attributes"
+        if reason := storage.refuse():
+            return reason
+        parts: dict[str, Slices] = {}
+        for name, values in zip(
+            _INPUTS, zip(*(m.constants for m in maps), strict=True), strict=True
+        ):
+            given = [value for value in values if value is not None]
+            if not given:
+                continue
+            if name == "g_idx":
+                return "MatMulNBits has g_idx, which reorders its columns"
+            if len(given) < len(values):
+                return f"expert {values.index(None)} has no {name}, and others have"
+            slices = _shaped(stack(given), storage.shapes()[name], str(given[0].name))
+            if isinstance(slices, str):
+                return slices
+            if name in ("weights", "zero_points") and slices.dtype.name != "uint8":
+                return f"{given[0].name} is {slices.dtype.name}, not uint8"
+            parts[name] = slices
+        return parts
+
+    def storage(self, maps: Sequence[Map]) -> Mapping[str, Any]:
+        """Returns QMoE's attributes."""
+        storage: _Storage = maps[0].attributes[0]
+        return {
+            "expert_weight_bits": storage.bits,
+            "block_size": storage.block_size,
+            "quant_type": "int",
+            "weights_prepacked": 0,
+        }
+
+    def refuse(self, experts: Experts, maps: Sequence[Map]) -> str | None:
+        """Returns why QMoE would compute something else, or None."""
+        gate, down = maps[0].attributes[0], maps[-1].attributes[0]
+        for each in maps:
+            found = each.attributes[0]
+            if (found.bits, found.block_size) != (gate.bits, gate.block_size):
+                return f"both {gate.spec} and {found.spec} weights"
+        if (down.rows, down.columns) != (gate.columns, experts.gate["weights"].shape[1]):
+            return f"gate is {[gate.rows, gate.columns]}, and down {[down.rows, down.columns]}"
+        facts = Facts(
+            experts.dtype.numpy().name,
+            experts.activation,
+            int(experts.up is not None),
+            hidden=down.rows,
+            inter=down.columns,
+        )
+        return (
+            self._target.refuse_spec(gate.spec)
+            or self._target.refuse(facts, gate.spec, "raw")
+            or self._refuse_zero_points(experts, (gate, down))
+        )
+
+    def fused(self, block: Block, replacement: ir.Node) -> None:
+        """Reports the QMoE."""
+        experts = block.experts
+        maps = [experts.gate, experts.down, *([experts.up] if experts.up is not None else [])]
+        nbytes = sum(
+            part.nbytes for parts in maps for name, part in parts.items() if name != "bias"
+        )
+        spec = Spec(
+            FORMATS[f"int{experts.storage['expert_weight_bits']}"], experts.storage["block_size"]
+        )
+        row = Row(
+            ops.label(replacement),
+            CONVERTED,
+            experts=experts.routing.experts,
+            hidden=experts.down["weights"].shape[1],
+            inter=experts.gate["weights"].shape[1],
+            stored=f"{spec}, raw, as they were",
+            bytes_before=nbytes,
+            bytes_after=nbytes,
+            warnings=self._target.warnings(spec),
+        )
+        self._report.record(replacement, row)
+
+    def _refuse_zero_points(self, experts: Experts, storages: Sequence[_Storage]) -> str | None:
+        if "zero_points" not in experts.gate or CUDA not in self._target.providers:
+            return None
+        for storage in storages:
+            if storage.bits == 4 and storage.blocks % 2:
+                return (
+                    f"{CUDA.name} misreads int4 zero points where a row has an odd number of "
+                    f"blocks, and {storage.columns} columns have {storage.blocks}"
+                )
+        return None
+
+
+def _product(node: ir.Node | None) -> Linear[Map] | None:
+    """Reads MatMulNBits."""
+    if node is None or not ops.is_op(node, "MatMulNBits") or node.inputs[0] is None:
+        return None
+    get = node.attributes.get_int
+    storage = _Storage(
+        get("N", 0), get("K", 0), get("bits", 4), get("block_size", 0), get("accuracy_level", 0)
+    )
+    inputs = [None if value is None or value.name == "" else value for value in node.inputs[1:]]
+    inputs += [None] * (len(_INPUTS) - len(inputs))
+    return Linear(node.inputs[0], Map(tuple(inputs), (storage,), (node,)))
+
+
+def _shaped(slices: Slices | str, shape: tuple[int, ...], name: str) -> Slices | str:
+    """Returns slices [E, *shape] of slices that hold as many numbers in the same order."""
+    if isinstance(slices, str):
+        return slices
+    if math.prod(slices.shape[1:]) != math.prod(shape):
+        given = list(slices.shape[1:])
+        return f"{name} is {given}, and its attributes ask for {list(shape)}"
+    return derived(slices, shape, lambda block: block.reshape(len(block), *shape))
