@@ -237,7 +237,7 @@ FORMS = {
     "range_gpt_oss": replace(GPT_OSS, repeat="range", gather="Gather"),
     "slice": Form(cut="Slice"),
     "grouped": Form(routed=3),
-    "another_router": Form(second="sigmoid"),
+    "another_router": Form(Layer(experts=5, router="softmax_topk"), second="sigmoid"),
 }
 
 
@@ -334,10 +334,7 @@ REASONS = {
     "others": (Form(others=True), "one map takes the experts"),
     "overlap": (Form(cut="overlap"), "is no activation of MoE"),
     "signed": (Form(Layer(experts=5, router="signed")), "may be negative"),
-    "geglu": (
-        Form(Layer(experts=5, activation="reglu")),
-        "MoE has no gated relu",
-    ),
+    "reglu": (Form(Layer(experts=5, activation="reglu")), "MoE has no gated relu"),
     "overridable": (
         Form(Layer(experts=5, homes={"fc1": "overridable"})),
         "l0.fc1 is a graph input, so its default may be overridden at run time",
