@@ -1,6 +1,6 @@
 """How long fusing spelled-out experts takes to plan: it should grow with the graph, not faster.
 
-    python -m benchmarks.bench_fuse [experts]
+python -m benchmarks.bench_fuse [experts]
 """
 
 from __future__ import annotations

@@ -10,7 +10,12 @@ from onnx_ir.passes.common import InlinePass
 from qmoe_rules import ops
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import Report, row_of
-from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules, normalize_moe_rules
+from qmoe_rules.rules import (
+    apply_rules,
+    fuse_experts_rules,
+    moe_to_qmoe_rules,
+    normalize_moe_rules,
+)
 
 __all__ = ["QuantizeMoEPass", "prepare"]
 
@@ -84,6 +89,7 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
         for node in ops.nodes(model, "QMoE"):
             self.report.record(node, row_of(node))
         rules = [
+            *fuse_experts_rules(report=self.report, target=self.recipe.target),
             *normalize_moe_rules(report=self.report),
             *moe_to_qmoe_rules(self.recipe, report=self.report),
         ]

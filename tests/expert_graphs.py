@@ -217,7 +217,8 @@ class Builder:
 
 def _logits(b: Builder, x: ir.Value) -> ir.Value:
     layer = b.layer
-    # A quantized model leaves its routers in float.
+    if layer.bits:
+        return b.nbits(x, "router", layer.experts, layer.hidden, replace(layer, bias=False))
     weight = b.rng.standard_normal((layer.hidden, layer.experts)) * 3 / layer.hidden**0.5
     return b.op("MatMul", x, b.weight("router", weight.astype(layer.dtype)))
 

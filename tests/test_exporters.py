@@ -15,6 +15,7 @@ import pytest
 
 from qmoe_rules import ConfigError, SourceError, UnsupportedNodeError, ops, save
 from qmoe_rules.integrations import quantize_exported, quantize_genai_folder
+from qmoe_rules.integrations.exporters import HasModel
 from tests.conftest import MODELS
 from tests.moe_models import layers
 
@@ -82,6 +83,7 @@ class TestExported:
         assert count(program.model) == 1
 
     def test_several_models_by_name(self) -> None:
+        package: dict[str, ir.Model | HasModel]
         package = {"decoder": layers(2), "other": Program(layers(1))}
         reports = quantize_exported(package, **RECIPE)
         assert {name: report.count("converted") for name, report in reports.items()} == {

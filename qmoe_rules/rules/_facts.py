@@ -121,7 +121,7 @@ def _row_sources(node: ir.Node) -> Sequence[ir.Value | None]:
         return node.inputs[:1] if over_last_axis(node, node.inputs[0]) else ()
     if is_op(node, "Concat") and not is_last_axis(node, node.outputs[0]):
         return ()
-    if is_op(node, *_FIRST_ROW_WISE):
+    if is_op(node, *_FIRST_ROW_WISE) or ops.is_op(node, "MatMulNBits"):
         return node.inputs[:1]
     return node.inputs if is_op(node, *_ROW_WISE) else ()
 
@@ -141,6 +141,8 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
     if shape and shape[-1] is not None:
         return shape[-1]
     node = None if value is None else value.producer()
+    if node is not None and ops.is_op(node, "MatMulNBits"):
+        return node.attributes.get_int("N", 0) or None
     if node is None or node.domain != "" or not depth:
         return None
     if node.op_type == "Gemm":
@@ -151,6 +153,8 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         return None if k is None else int(k)
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
+    if node.op_type == "ReduceSum" and over_last_axis(node, node.inputs[0]):
+        return 1 if node.attributes.get_int("keepdims", 1) else None
     sizes = [last_size(source, depth - 1) for source in node.inputs]
     if node.op_type in ("Softmax", "Sigmoid", "Cast", "Identity", "ScatterElements"):
         return sizes[0]
@@ -158,6 +162,8 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         return sum(size for size in sizes if size is not None)
     if node.op_type in ("Add", "Mul", "Sub", "Div", "Where"):
         wide = set(sizes) - {None, 1}
+        if not wide and None not in sizes:
+            return 1
         return wide.pop() if len(wide) == 1 else None
     return None
 

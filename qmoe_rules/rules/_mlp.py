@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import last_size, number, rank, scalar
+from qmoe_rules.rules._facts import last_size, number, producer, rank, scalar
 
 __all__ = ["ALL", "EVEN", "FIRST_HALF", "MLP", "ODD", "SECOND_HALF", "Linear", "match_mlp"]
 
@@ -234,6 +234,8 @@ class _Reader(Generic[T]):
             return None
         inner = self._linear(node.inputs[0])
         columns = _columns(node, value)
+        # Bounds may be sizes of values that go with the expert.
+        self._nodes += filter(None, (producer(bound, "Shape") for bound in node.inputs[1:]))
         return None if inner is None or columns is None else (inner, columns)
 
     def _node(self, value: ir.Value | None, op_type: str | None = None) -> ir.Node | None:

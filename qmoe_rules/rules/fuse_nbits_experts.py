@@ -143,17 +143,11 @@ class FuseNBitsExperts(ChainRule[Map]):
                 return f"both {gate.spec} and {found.spec} weights"
         if (down.rows, down.columns) != (gate.columns, experts.gate["weights"].shape[1]):
             return f"gate is {[gate.rows, gate.columns]}, and down {[down.rows, down.columns]}"
-        facts = Facts(
-            experts.dtype.numpy().name,
-            experts.activation,
-            int(experts.up is not None),
-            hidden=down.rows,
-            inter=down.columns,
-        )
+        facts = _facts(experts)
         return (
             self._target.refuse_spec(gate.spec)
             or self._target.refuse(facts, gate.spec, "raw")
-            or self._refuse_zero_points(experts, (gate, down))
+            or self._refuse_zero_points(facts, (gate, down), "zero_points" in experts.gate)
         )
 
     def fused(self, block: Block, replacement: ir.Node) -> None:
@@ -163,24 +157,26 @@ class FuseNBitsExperts(ChainRule[Map]):
         nbytes = sum(
             part.nbytes for parts in maps for name, part in parts.items() if name != "bias"
         )
-        spec = Spec(
-            FORMATS[f"int{experts.storage['expert_weight_bits']}"], experts.storage["block_size"]
-        )
+        attributes, facts = experts.storage, _facts(experts)
+        spec = Spec(FORMATS[f"int{attributes['expert_weight_bits']}"], attributes["block_size"])
         row = Row(
             ops.label(replacement),
             CONVERTED,
             experts=experts.routing.experts,
-            hidden=experts.down["weights"].shape[1],
-            inter=experts.gate["weights"].shape[1],
+            hidden=facts.hidden,
+            inter=facts.inter,
             stored=f"{spec}, raw, as they were",
             bytes_before=nbytes,
             bytes_after=nbytes,
-            warnings=self._target.warnings(spec),
+            warnings=self._target.warnings(facts, spec),
         )
         self._report.record(replacement, row)
 
-    def _refuse_zero_points(self, experts: Experts, storages: Sequence[_Storage]) -> str | None:
-        if "zero_points" not in experts.gate or CUDA not in self._target.providers:
+    def _refuse_zero_points(
+        self, facts: Facts, storages: Sequence[_Storage], is_given: bool
+    ) -> str | None:
+        on_cuda = CUDA in self._target.providers and facts.dtype not in CUDA.falls_back
+        if not (is_given and on_cuda):
             return None
         for storage in storages:
             if storage.bits == 4 and storage.blocks % 2:
@@ -189,6 +185,16 @@ class FuseNBitsExperts(ChainRule[Map]):
                     f"blocks, and {storage.columns} columns have {storage.blocks}"
                 )
         return None
+
+
+def _facts(experts: Experts) -> Facts:
+    return Facts(
+        experts.dtype.numpy().name,
+        experts.activation,
+        int(experts.up is not None),
+        hidden=experts.down["weights"].shape[1],
+        inter=experts.gate["weights"].shape[1],
+    )
 
 
 def _product(node: ir.Node | None) -> Linear[Map] | None:
