@@ -191,7 +191,7 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fail-if-skipped",
         action="store_true",
-        help="exit 1, and write nothing, if a MoE node is skipped (excluded ones too) or none is found",
+        help="exit 1, and write nothing, if a MoE is skipped (excluded ones too) or none is found",
     )
 
 

@@ -137,7 +137,8 @@ def _gemma(dtype: str) -> ir.Model:
             gqa_dtypes=frozenset(),
             qkv_pack_dtypes=frozenset(),
             supports_fused_moe=False,
-        )
+        ),
+        overwrite=True,
     )
     sizes: Mapping[str, Any] = {key: SIZES[key] for key in SIZES if key != "pad_token_id"}
     config = mobius.Gemma4Config(
@@ -173,7 +174,7 @@ def test_mobius_unrolled_experts(dtype: str) -> None:
     apply_rules(after, fuse_experts_rules(report=report))
     assert report.rows == []
     assert len(nodes_of(after, "MoE")) == 2
-    assert "Equal" not in {node.op_type for node in after.graph if "Equal" in str(node.name)}
+    assert len(list(after.graph)) < len(list(before.graph)) / 2
     for batch, sequence in [(1, 1), (1, 7), (4, 1), (4, 7)]:
         positions = np.tile(np.arange(sequence), (batch, 1))
         feeds = {

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qmoe_rules import Recipe, ops, quantize, reference
+from qmoe_rules import Recipe, ops, plan, quantize, reference
 from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantized import QuantizedWeights
@@ -240,10 +240,34 @@ def test_quantized_models_pass_through(model: str, shared: Path, tmp_path: Path)
         assert kept.tobytes() == value.const_value.tobytes()
 
 
-def test_models_without_moe_pass_through(shared: Path, tmp_path: Path) -> None:
-    report = quantize(shared / "models" / "mobius-mixtral-fp32-cpu", tmp_path / "out")
-    assert report.rows == []
-    assert report.summary().startswith("no com.microsoft::MoE or QMoE node found")
+EXPORTED = ["mobius-deepseek_v3-fp32-cpu", "mobius-gemma4-fp32-cpu", "mobius-gptoss-fp32-cpu"]
+EXPORTED += ["mobius-mixtral-fp32-cpu", "mobius-phimoe-fp32-cpu"]
+EXPORTED += ["torch-deepseek_v3-batched_mm-fp32-none", "torch-mixtral-batched_mm-fp32-none"]
+
+
+@pytest.mark.parametrize("model", EXPORTED)
+def test_experts_spelled_out_by_exporters_are_found(model: str, shared: Path) -> None:
+    report = plan(shared / "models" / model, block_size=32)
+    layers = 1 if "deepseek" in model or "torch" in model else 2
+    assert [row.status for row in report.rows] == ["converted"] * layers
+    assert report.ratio is not None
+    assert report.ratio > 1.7
+
+
+@pytest.mark.parametrize(
+    ("model", "statuses"),
+    [("genai-phimoe-int4-cuda-raw", ["kept"] * 2), ("mobius-gptoss-fp16-cuda", ["skipped"] * 2)],
+)
+def test_broken_models_are_left_alone(
+    model: str, statuses: list[str], shared: Path, tmp_path: Path
+) -> None:
+    report = quantize(shared / "models" / model, tmp_path / "out")
+    assert [row.status for row in report.rows] == statuses
+    assert all(row.reason for row in report.rows)
+    before = ir.load(shared / "models" / model / "model.onnx")
+    after = ir.load(tmp_path / "out" / "model.onnx")
+    assert [node.op_type for node in after.graph] == [node.op_type for node in before.graph]
+    assert list(after.graph.initializers) == list(before.graph.initializers)
 
 
 def test_quantized_tiny_model_still_predicts_text(tiny_fp32: Path, tmp_path: Path) -> None:

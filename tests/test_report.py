@@ -137,7 +137,7 @@ def test_nothing_skipped_raises_nothing() -> None:
 
 
 def test_a_model_without_any_moe_does_not_pass_for_converted() -> None:
-    with pytest.raises(UnsupportedNodeError, match="holds no com.microsoft::MoE node"):
+    with pytest.raises(UnsupportedNodeError, match=r"holds no com\.microsoft::MoE node"):
         Report().raise_if_skipped()
 
 

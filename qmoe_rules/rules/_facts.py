@@ -130,6 +130,12 @@ def _same_size(first: Any, second: Any) -> bool:
     return first == second and not (isinstance(first, ir.SymbolicDim) and first.value is None)
 
 
+_SAME_SHAPE = {
+    "Abs", "Cast", "Clip", "Exp", "Identity", "Log", "Neg", "Relu", "ScatterElements", "Sigmoid",
+    "Softmax", "Softplus", "Sqrt",
+}  # fmt: skip
+
+
 def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
     """Returns the size of a value's last axis, from its shape or from what computes it.
 
@@ -156,7 +162,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
     if node.op_type == "ReduceSum" and over_last_axis(node, node.inputs[0]):
         return 1 if node.attributes.get_int("keepdims", 1) else None
     sizes = [last_size(source, depth - 1) for source in node.inputs]
-    if node.op_type in ("Softmax", "Sigmoid", "Cast", "Identity", "ScatterElements"):
+    if node.op_type in _SAME_SHAPE:
         return sizes[0]
     if node.op_type == "Concat" and is_last_axis(node, node.outputs[0]) and None not in sizes:
         return sum(size for size in sizes if size is not None)

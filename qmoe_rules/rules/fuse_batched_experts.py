@@ -126,17 +126,7 @@ def _tail_of(node: ir.Node) -> _Tail | None:
 def _linear(value: ir.Value) -> Linear[_Gathered] | None:
     """Returns the product with gathered weights that computes a value, or None."""
     value, nodes = _without_pairs(value)
-    bias: ir.Value | None = None
-    indices: list[ir.Value] = []
-    add = producer(value, "Add")
-    for inner, other in both_ways(add):
-        gathered = _gathered(other)
-        if gathered is not None and producer(inner, "Squeeze") is not None:
-            bias, rows, gather = gathered
-            indices.append(rows)
-            nodes += [*([] if add is None else [add]), gather]
-            value = inner
-            break
+    value, bias = _without_bias(value)
     squeeze = producer(value, "Squeeze")
     product = None if squeeze is None else producer(squeeze.inputs[0], "MatMul")
     if squeeze is None or product is None:
@@ -145,17 +135,28 @@ def _linear(value: ir.Value) -> Linear[_Gathered] | None:
     if not row_major and _axis(squeeze) not in (-2, 1):
         return None
     weights, vectors = product.inputs if row_major else reversed(product.inputs)
-    gathered = _gathered(weights)
+    weight = _gathered(weights)
     unsqueeze = producer(vectors, "Unsqueeze")
-    if gathered is None or unsqueeze is None or unsqueeze.inputs[0] is None:
+    if weight is None or unsqueeze is None or unsqueeze.inputs[0] is None:
         return None
     if _axis(unsqueeze) not in ((-1, 2) if row_major else (-2, 1)):
         return None
-    weight, rows, gather = gathered
-    nodes += [squeeze, product, unsqueeze, gather]
-    constants = (weight, bias)
-    known = _Gathered(constants, (not row_major,), tuple(nodes), (rows, *indices))
-    return Linear(unsqueeze.inputs[0], known)
+    nodes += [squeeze, product, unsqueeze, *weight.nodes, *(bias.nodes if bias else ())]
+    constants = (weight.constant, bias.constant if bias else None)
+    indices = (weight.indices, *([bias.indices] if bias else ()))
+    return Linear(
+        unsqueeze.inputs[0], _Gathered(constants, (not row_major,), tuple(nodes), indices)
+    )
+
+
+def _without_bias(value: ir.Value) -> tuple[ir.Value, _Rows | None]:
+    """Reads through the addition of a gathered bias."""
+    add = producer(value, "Add")
+    for inner, other in both_ways(add):
+        rows = _gathered(other)
+        if add is not None and rows is not None and producer(inner, "Squeeze") is not None:
+            return inner, dataclasses.replace(rows, nodes=(*rows.nodes, add))
+    return value, None
 
 
 def _without_pairs(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
@@ -176,8 +177,17 @@ def _axis(node: ir.Node) -> float | None:
     return scalar(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
-def _gathered(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Node] | None:
-    """Returns (constant, indices before they are flattened, node) of rows that are gathered."""
+@dataclass(frozen=True)
+class _Rows:
+    """Parts of a constant that are gathered, one for each index."""
+
+    constant: ir.Value
+    indices: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+
+def _gathered(value: ir.Value | None) -> _Rows | None:
+    """Returns what is gathered along the first axis, with the indices before they are flat."""
     node = producer(value, "GatherND", "Gather")
     if node is None or node.inputs[0] is None:
         return None
@@ -185,7 +195,7 @@ def _gathered(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Node] | No
         indices = None if node.attributes.get_int("batch_dims", 0) else column(node.inputs[1])
     else:
         indices = None if node.attributes.get_int("axis", 0) else unflattened(node.inputs[1])
-    return None if indices is None else (node.inputs[0], indices, node)
+    return None if indices is None else _Rows(node.inputs[0], indices, (node,))
 
 
 def _maps(mlp: MLP[_Gathered]) -> list[_Gathered]:
