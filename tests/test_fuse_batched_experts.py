@@ -35,7 +35,7 @@ class Form:
         pairs: Whether nothing is unsqueezed and squeezed behind the biases.
         wide: Where a float16 layer goes on in float32: "", "weighting" or "sum".
         routed: The axes of indices and weights: 2, or 3 where they are [1, T, k].
-        cut: How gate and up are told apart: Split, Slice, or wrongly: overlap.
+        cut: How gate and up are told apart: Split, Slice, or wrongly: overlap, thirds.
         others: Whether the second map takes the experts of another router.
         second: Another router that gives the weights.
         group: How many results are summed, 0 for k.
@@ -83,7 +83,8 @@ class Batched(Builder):
         if form.routed == 3:
             weights = self.op("Unsqueeze", weights, self.constant([0]))
             rows = [self.op("Unsqueeze", each, self.constant([0])) for each in rows]
-        hidden = self.gathered(self.repeated(flat), rows[0], "fc1", layer.inter * 2, layer.hidden)
+        inner = layer.inter * (3 if form.cut == "thirds" else 2)
+        hidden = self.gathered(self.repeated(flat), rows[0], "fc1", inner, layer.hidden)
         hidden = self.gated(hidden)
         results = self.gathered(hidden, rows[1], "fc2", layer.hidden, layer.inter)
         return self.summed(results, weights)
@@ -141,12 +142,13 @@ class Batched(Builder):
         layer, form = self.layer, self.form
         if form.interleaved:
             gate, up = (self.slice(hidden, start, 2**63 - 1, 2) for start in (0, 1))
-        elif form.cut == "Split":
-            node = ir.node("Split", [hidden], {"axis": -1, "num_outputs": 2}, num_outputs=2)
-            for output, name in zip(node.outputs, ("gate", "up"), strict=True):
-                output.name = self.prefix + name
+        elif form.cut in ("Split", "thirds"):
+            count = 3 if form.cut == "thirds" else 2
+            node = ir.node("Split", [hidden], {"axis": -1, "num_outputs": count}, num_outputs=count)
+            for index, output in enumerate(node.outputs):
+                output.name = f"{self.prefix}part{index}"
             self.graph.nodes.append(node)
-            gate, up = node.outputs
+            gate, up = node.outputs[:2]
         else:
             start = 1 if form.cut == "overlap" else layer.inter
             gate = self.slice(hidden, 0, layer.inter, 1)
@@ -311,8 +313,6 @@ def test_quantized_in_the_same_list(form: Form, bits: int, block: int) -> None:
     assert nodes_of(model, "MoE") == []
     node = the_node(model)
     names = ("activation_type", "activation_alpha", "activation_beta", "k", "swiglu_fusion")
-    attributes = {name: node.attributes[name].value for name in names}
-    limit = form.layer.limit
     feeds = inputs(form.layer, (4, 7))
     logits = _logits(model, feeds["x"])
     chosen = np.argsort(logits)[:, -form.layer.k :]
@@ -322,8 +322,8 @@ def test_quantized_in_the_same_list(form: Form, bits: int, block: int) -> None:
         {**feeds, "router_probs": logits},
         Spec(FORMATS[f"int{bits}"], block),
         normalize_routing_weights=1,
-        swiglu_limit=limit,
-        **attributes,
+        swiglu_limit=form.layer.limit,
+        **{name: node.attributes[name].value for name in names},
     )
     assert relative_error(run(model, feeds)[0], wanted) < 1e-5
 
@@ -333,6 +333,7 @@ REASONS = {
     "group": (Form(group=4), "is not every token 4 times in a row"),
     "others": (Form(others=True), "one map takes the experts"),
     "overlap": (Form(cut="overlap"), "is no activation of MoE"),
+    "thirds": (Form(Layer(experts=5, inter=64), cut="thirds"), "is no activation of MoE"),
     "signed": (Form(Layer(experts=5, router="signed")), "may be negative"),
     "reglu": (Form(Layer(experts=5, activation="reglu")), "MoE has no gated relu"),
     "overridable": (
@@ -348,8 +349,7 @@ def test_what_is_not_proven_stays(name: str) -> None:
     form, reason = REASONS[name]
     model, _ = batched(form)
     count = len(list(model.graph))
-    report = fused(model)
-    (row,) = report.rows
+    (row,) = fused(model).rows
     assert row.status == SKIPPED
     assert reason in row.reason
     assert nodes_of(model, "MoE") == []

@@ -204,6 +204,7 @@ GATE = "l0.experts.2.gate.weight_t"
         ({"numbers": [1, 2, 3]}, "expert 0 is missing"),
         ({"numbers": [0, 1, 2]}, "the router ranks 4 experts, and there are 3"),
         ({"numbers": [0, 1, 1, 2, 3]}, "expert 1 is added twice"),
+        ({"numbers": [-1, 0, 1, 2]}, "there is no expert -1"),
         ({"router": "signed"}, "the weights l0.values_3 may be negative"),
         ({"activation": "reglu"}, "MoE has no gated relu"),
         (
@@ -306,6 +307,15 @@ def test_experts_of_an_input_of_unknown_rank_stay(caplog: pytest.LogCaptureFixtu
     hidden.replace_input_with(0, x)
     reason = "the experts' input hidden is of unknown rank; MoE takes 2-D and 3-D"
     check_stays(model, reason, caplog)
+
+
+def test_a_rest_that_is_a_part_of_an_expert_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = expert_graphs.model(shared="before")
+    first = next(node for node in model.graph if node.op_type == "Add")
+    inner = next(n for n in model.graph if n.outputs[0].name == "l0.experts.0.down.MatMul")
+    first.replace_input_with(0, inner.outputs[0])
+    name = inner.outputs[0].name
+    check_stays(model, f"{name} is a part of the experts and their input too", caplog)
 
 
 def test_a_router_of_other_tokens_stays(caplog: pytest.LogCaptureFixture) -> None:

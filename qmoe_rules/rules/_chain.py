@@ -252,6 +252,8 @@ def _maps(mlp: MLP[M]) -> list[M]:
 def _refuse_count(terms: Sequence[Term]) -> str | None:
     """Returns which of the experts, sorted, is missing or there twice, or None."""
     for index, term in enumerate(terms):
+        if term.expert < 0:
+            return f"there is no expert {term.expert}"
         if term.expert < index:
             return f"expert {term.expert} is added twice"
         if term.expert > index:

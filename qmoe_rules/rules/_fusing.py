@@ -159,6 +159,19 @@ def _refuse(block: Block, node: ir.Node, model: ir.Model) -> str | None:
     """Returns why a block cannot be replaced, or None."""
     if ops.in_function(model, node):
         return "they are inside a function, which holds no initializers; inline it (see prepare)"
-    return refuse_experts(block.experts, model.graph.opset_imports.get("", 0)) or used_outside(
-        block.nodes, node.outputs[0]
+    return (
+        refuse_experts(block.experts, model.graph.opset_imports.get("", 0))
+        or used_outside(block.nodes, node.outputs[0])
+        or _used_inside(block)
     )
+
+
+def _used_inside(block: Block) -> str | None:
+    """Returns which value that the replacement reads goes with the block, or None."""
+    own = set(block.nodes)
+    experts, routing = block.experts, block.experts.routing
+    needed = (experts.source, routing.indices, routing.weights, routing.logits, block.rest)
+    for value in needed:
+        if value is not None and value.producer() in own:
+            return f"{value.name} is a part of the experts and their input too"
+    return None
