@@ -169,6 +169,20 @@ def test_softmax_along_another_axis_is_not_moes() -> None:
     assert found.logits is None
 
 
+def test_logits_with_ties_are_not_handed_over() -> None:
+    """MoE prefers the last of equal logits, and TopK the first."""
+    builder = Builder(Layer())
+    logits = builder.op("Relu", scores(builder.graph))
+    values, indices = builder.top(builder.op("Softmax", logits), K)
+    found = routing_of(indices, values, EXPERTS)
+    assert isinstance(found, Routing)
+    assert found.logits is None
+    values, indices = builder.top(logits, K)
+    found = routing_of(indices, builder.op("Softmax", values), EXPERTS)
+    assert isinstance(found, Routing)
+    assert found.logits is None
+
+
 def test_a_sum_that_is_not_of_the_chosen_is_not_moes() -> None:
     builder = Builder(Layer())
     softmax = builder.op("Softmax", scores(builder.graph))

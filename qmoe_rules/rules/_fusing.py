@@ -17,6 +17,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 from qmoe_rules import ops
 from qmoe_rules.report import SKIPPED, Report, Row
 from qmoe_rules.rules._experts import Experts, emit_moe, refuse_experts
+from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 
 __all__ = ["Block", "FusingRule", "used_outside"]
 
@@ -52,7 +53,7 @@ class FusingRule(RewriteRuleClassBase):
         self._block: Block | None = None
         # The node that was matched loses its inputs, so they are remembered.
         self._fused: list[tuple[ir.Node, Sequence[ir.Value | None], Block]] = []
-        self._planned: list[ir.Value] = []
+        self._leftovers = Leftovers()
 
     def find(self, node: ir.Node) -> Block | str | None:
         """Returns the block that ends in a node, why it stays, or None where there is none.
@@ -88,14 +89,12 @@ class FusingRule(RewriteRuleClassBase):
             raise AssertionError("rewrite was called without a successful check")
         result: ir.Value = bindings["result"]
         made = emit_moe(op, block.experts, block.name)
-        self._planned.extend(made.planned)
+        self._leftovers.made(*made.planned)
         last = ops.producer(result)
         self._fused.append((last, tuple(last.inputs), block))
         self.fused(block, made.node)
         output = made.output if block.rest is None else op.Add(made.output, block.rest)
-        ops.producer(output).doc_string = ops.producer(result).doc_string
-        output.doc_string = result.doc_string
-        output.metadata_props.update(result.metadata_props)
+        carry_notes(result, output)
         return output
 
     def cleanup(self) -> None:
@@ -103,11 +102,7 @@ class FusingRule(RewriteRuleClassBase):
 
         After a dry run it is the planned weights that no node of the model uses.
         """
-        for value in self._planned:
-            graph = value.graph
-            if graph is not None and all(node.graph is None for node in value.consumers()):
-                del graph.initializers[str(value.name)]
-        self._planned.clear()
+        self._leftovers.sweep()
         loose: dict[ir.Value, None] = {}
         for last, inputs, block in self._fused:
             if last.graph is None:

@@ -22,6 +22,7 @@ from qmoe_rules.rules._facts import (
     last_size,
     not_negative,
     over_last_axis,
+    producer,
     rank,
     same_tokens,
     scalar,
@@ -38,6 +39,8 @@ __all__ = [
 _UNCHOSEN = -1e4
 # ScatterElements can add from this opset on.
 _MIN_OPSET = 16
+# What makes equal logits. MoE prefers the last of them, and TopK the first.
+_TIES = ("Clip", "Floor", "Max", "Min", "Relu", "Round", "ScatterElements", "Where")
 # Softmax is along one axis, and the axes of ReduceSum are an input, from this opset on.
 _MIN_OPSET_DIRECT = 13
 
@@ -195,9 +198,11 @@ def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routi
     values, ranked = top.outputs[0], _uncast(top.inputs[0])
     node = _producer(_uncast(weights))
     if _softmaxed(node) is not None and _softmaxed(node) is values:
+        if producer(ranked, *_TIES) is not None:
+            return None
         return Routing(indices, weights, k, experts, ranked, normalize=True)
     logits = _softmaxed(_producer(ranked))
-    if logits is None:
+    if logits is None or producer(logits, *_TIES) is not None:
         return None
     if _is_part(weights, values, ranked, indices):
         return Routing(indices, weights, k, experts, logits, normalize=False)

@@ -15,6 +15,7 @@ from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.lazy import register_beside
 from qmoe_rules.report import CONVERTED, KEPT, SKIPPED, Report, Row, row_of
+from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.slices import SlicedTensor, Slices
 from qmoe_rules.stored import STORED_LAYOUTS, StoredProjection, stored_projections
 
@@ -50,8 +51,7 @@ class StoredRule(RewriteRuleClassBase):
         self._projections: Projections = {}
         self._depth = 0
         self._done: set[tuple[object, str | None]] = set()
-        self._replaced: dict[ir.Value, None] = {}
-        self._planned: list[ir.Value] = []
+        self._leftovers = Leftovers()
 
     @abstractmethod
     def refuse(self, node: ir.Node, projections: Projections) -> str | None:
@@ -99,9 +99,7 @@ class StoredRule(RewriteRuleClassBase):
         old: ir.Value = bindings["qmoe"]
         self._done.add((ops.producer(old).graph, old.name))
         new = self.replace(op, ops.producer(old), self._projections)
-        ops.producer(new).doc_string = ops.producer(old).doc_string
-        new.doc_string = old.doc_string
-        new.metadata_props.update(old.metadata_props)
+        carry_notes(old, new)
         return new
 
     def setup(self) -> None:
@@ -109,19 +107,8 @@ class StoredRule(RewriteRuleClassBase):
         self._depth += 1
 
     def cleanup(self) -> None:
-        """Removes the constants that no node uses any more, in subgraphs too.
-
-        After a dry run it is the new ones that no node of the model uses.
-        """
-        for value in self._planned:
-            graph = value.graph
-            if graph is not None and all(node.graph is None for node in value.consumers()):
-                del graph.initializers[str(value.name)]
-        self._planned.clear()
-        for source in self._replaced:
-            ops.discard(source)
-        # What a node of an outer graph still uses is for that graph's clean-up.
-        self._replaced = {source: None for source in self._replaced if source.uses()}
+        """Removes the constants that no node uses any more."""
+        self._leftovers.sweep()
         self._depth -= 1
         if not self._depth:
             self._done.clear()
@@ -130,12 +117,12 @@ class StoredRule(RewriteRuleClassBase):
         """Returns the initializer that holds `slices`, beside the constant it is made of."""
         tensor = SlicedTensor(slices, f"{source.name}_{suffix}")
         value = register_beside(source, key, {suffix: tensor})[suffix]
-        self._planned.append(value)
+        self._leftovers.made(value)
         return value
 
     def discard(self, *values: ir.Value) -> None:
         """Lets go of inputs that the new node does not use, at the next clean-up."""
-        self._replaced.update(dict.fromkeys(values))
+        self._leftovers.replaced(*values)
 
     def _read(self, node: ir.Node, in_function: bool) -> Projections | str:
         if in_function:

@@ -19,6 +19,7 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.lazy import Projection, plan_values
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
+from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.rules.normalize_moe import REFUSED
 from qmoe_rules.targets import Facts
 from qmoe_rules.weights import ExpertWeights
@@ -78,8 +79,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         self._recipe = recipe
         self._report = report
         self._conversion: _Conversion | None = None
-        self._replaced: dict[ir.Value, None] = {}
-        self._planned: list[ir.Value] = []
+        self._leftovers = Leftovers()
 
     def pattern(self, op: Any, x: Any, router_probs: Any, fc1: Any) -> Any:
         """Matches any MoE: missing and extra inputs are sorted out in `check`."""
@@ -128,8 +128,8 @@ class MoEToQMoE(RewriteRuleClassBase):
             inputs[f"{name}_experts_weights"] = planned["weights"]
             inputs[f"{name}_scales"] = planned["scales"]
             inputs[f"{name}_experts_bias"] = given[f"{name}_experts_bias"]
-            self._replaced[source] = None
-            self._planned.extend(planned.values())
+            self._leftovers.replaced(source)
+            self._leftovers.made(*planned.values())
         attributes = conversion.attributes
         target = conversion.recipe.provider_target
         if not attributes["normalize_routing_weights"] and not target.reads_normalize:
@@ -141,26 +141,12 @@ class MoEToQMoE(RewriteRuleClassBase):
             _name=node.name,
             **_qmoe_attributes(conversion),
         )
-        replacement = ops.producer(quantized)
-        replacement.doc_string = node.doc_string
-        quantized.doc_string = moe.doc_string
-        quantized.metadata_props.update(moe.metadata_props)
+        carry_notes(moe, quantized)
         return quantized
 
     def cleanup(self) -> None:
-        """Removes the float weights that no node uses any more, in subgraphs too.
-
-        After a dry run it is the planned weights that no node of the model uses.
-        """
-        for value in self._planned:
-            graph = value.graph
-            if graph is not None and all(node.graph is None for node in value.consumers()):
-                del graph.initializers[str(value.name)]
-        self._planned.clear()
-        for source in self._replaced:
-            ops.discard(source)
-        # What a node of an outer graph still uses is for that graph's clean-up.
-        self._replaced = {source: None for source in self._replaced if source.uses()}
+        """Removes the float weights that no node uses any more."""
+        self._leftovers.sweep()
 
     def _examine(self, node: ir.Node, in_function: bool, told: str | None) -> _Conversion | str:
         """Returns the conversion of a node, or the reason why there is none.

@@ -21,6 +21,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 from qmoe_rules import ops
 from qmoe_rules.lazy import register_beside
 from qmoe_rules.report import SKIPPED, Report, row_of
+from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.slices import Combined, SlicedTensor, Slices
 from qmoe_rules.targets import GATED
 from qmoe_rules.weights import ExpertWeights, resolve
@@ -97,8 +98,7 @@ class NormalizeMoE(RewriteRuleClassBase):
         super().__init__("NormalizeMoE")
         self._report = report
         self._normalization: _Normalization | None = None
-        self._replaced: dict[ir.Value, None] = {}
-        self._planned: dict[ir.Value, None] = {}
+        self._leftovers = Leftovers()
 
     def pattern(self, op: Any, x: Any, router_probs: Any, fc1: Any) -> Any:
         """Matches any MoE: missing and extra inputs are sorted out in `check`."""
@@ -141,33 +141,20 @@ class NormalizeMoE(RewriteRuleClassBase):
         for name, interleaved in normalization.fc1.items():
             value = interleaved.register()
             inputs[name] = value
-            self._planned[value] = None
-            self._replaced.update(dict.fromkeys(interleaved.sources))
+            self._leftovers.made(value)
+            self._leftovers.replaced(*interleaved.sources)
         normalized: ir.Value = op.MoE(
             *ops.slots("MoE", inputs),
             _domain=ops.DOMAIN,
             _name=node.name,
             **normalization.attributes,
         )
-        ops.producer(normalized).doc_string = node.doc_string
-        normalized.doc_string = moe.doc_string
-        normalized.metadata_props.update(moe.metadata_props)
+        carry_notes(moe, normalized)
         return normalized
 
     def cleanup(self) -> None:
-        """Removes the old constants that no node uses any more, in subgraphs too.
-
-        After a dry run it is the new ones that no node of the model uses.
-        """
-        for value in self._planned:
-            graph = value.graph
-            if graph is not None and all(node.graph is None for node in value.consumers()):
-                del graph.initializers[str(value.name)]
-        self._planned.clear()
-        for source in self._replaced:
-            ops.discard(source)
-        # What a node of an outer graph still uses is for that graph's clean-up.
-        self._replaced = {source: None for source in self._replaced if source.uses()}
+        """Removes the old constants that no node uses any more."""
+        self._leftovers.sweep()
 
 
 def _is_apart(node: ir.Node) -> bool:
