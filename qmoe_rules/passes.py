@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from qmoe_rules.rules import (
     moe_to_qmoe_rules,
     normalize_moe_rules,
 )
+from qmoe_rules.stored import STORED_LAYOUTS, layout_of, stored_projections
 
 __all__ = ["QuantizeMoEPass", "prepare"]
 
@@ -56,6 +58,23 @@ def _functions_with_moe(model: ir.Model) -> set[ir.OperatorIdentifier]:
     return holders
 
 
+def _audit(node: ir.Node, recipe: Recipe) -> tuple[str, ...]:
+    """Returns what is wrong with a QMoE that somebody else made, for the recipe's target."""
+    name, layout = ops.label(node), layout_of(node)
+    if isinstance(layout, str):
+        readings = [stored_projections(node, known) for known in STORED_LAYOUTS]
+        if all(isinstance(reading, str) for reading in readings):
+            return (f"{name}: {readings[0]}",)
+        return (
+            f"{name}: weights_prepacked is not stated, so the CPU provider takes its bytes for raw "
+            "ones and the CUDA provider for packed ones; relayout_qmoe_rules states it",
+        )
+    found = stored_projections(node)
+    reason = found if isinstance(found, str) else None
+    reason = reason or recipe.provider_target.refuse_layout(layout.name)
+    return (f"{name}: {reason}",) if reason else ()
+
+
 class QuantizeMoEPass(ir.passes.InPlacePass):
     """Prepares a model and plans the quantization of every MoE node.
 
@@ -87,7 +106,8 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
         self.report = Report()
         inlined = _inline(model)
         for node in ops.nodes(model, "QMoE"):
-            self.report.record(node, row_of(node))
+            warnings = _audit(node, self.recipe)
+            self.report.record(node, dataclasses.replace(row_of(node), warnings=warnings))
         rules = [
             *fuse_experts_rules(report=self.report, target=self.recipe.target),
             *normalize_moe_rules(report=self.report),

@@ -102,6 +102,8 @@ def resolve(value: ir.Value) -> Slices | str:
         slices = rearrange(node, value)
     except _NotReadableError as reason:
         return str(reason)
+    except RecursionError:
+        return f"{value.name} is too many nodes away from a constant"
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         return f"{value.name}: {node.op_type} cannot be read: {error}"
     known = ops.static_shape(value)

@@ -95,7 +95,7 @@ def term_of(value: ir.Value | None) -> Term | None:
             equal = None if cast is None else producer(cast.inputs[0], "Equal")
             for indices, number in both_ways(equal):
                 expert = scalar(number)
-                if expert is None or None in (output, weights, indices):
+                if expert is None or expert % 1 or None in (output, weights, indices):
                     continue
                 nodes = (product, shape, total, masked, cast, equal)
                 present = tuple(node for node in nodes if node is not None)

@@ -336,7 +336,7 @@ def _attributes(experts: Experts, routing: Routing) -> dict[str, Any]:
         "activation_type": experts.activation,
         "activation_alpha": experts.alpha,
         "activation_beta": experts.beta,
-        "k": routing.k,
+        "k": min(routing.k, routing.experts),  # an expert chosen twice counts once
         "normalize_routing_weights": int(routing.normalize),
         "swiglu_fusion": int(experts.up is not None),
         "use_sparse_mixer": 0,

@@ -21,6 +21,7 @@ __all__ = [
     "rank",
     "same_tokens",
     "scalar",
+    "type_of",
 ]
 
 # Elements of a constant that is looked at.
@@ -121,9 +122,21 @@ def _row_sources(node: ir.Node) -> Sequence[ir.Value | None]:
         return node.inputs[:1] if over_last_axis(node, node.inputs[0]) else ()
     if is_op(node, "Concat") and not is_last_axis(node, node.outputs[0]):
         return ()
+    if is_op(node, "MatMul") and rank(node.inputs[1]) != 2:
+        return ()
+    if is_op(node, "Gemm") and node.attributes.get_int("transA", 0) != 0:
+        return ()
     if is_op(node, *_FIRST_ROW_WISE) or ops.is_op(node, "MatMulNBits"):
         return node.inputs[:1]
-    return node.inputs if is_op(node, *_ROW_WISE) else ()
+    if not is_op(node, *_ROW_WISE) or any(map(_has_rows, node.inputs)):
+        return ()
+    return node.inputs
+
+
+def _has_rows(value: ir.Value | None) -> bool:
+    """Returns whether a constant has more than one row, which broadcasting would multiply."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor is not None and any(size != 1 for size in tensor.shape.numpy()[:-1])
 
 
 def _same_size(first: Any, second: Any) -> bool:
@@ -206,8 +219,34 @@ def scalar(value: ir.Value | None) -> float | None:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.size != 1 or (value is not None and value.is_graph_input()):
         return None
+    if len(tensor.shape) > 1:  # broadcasting it could give the result more axes
+        return None
     number: float = tensor.numpy().reshape(-1)[0].item()
     return number
+
+
+# Operators whose floating-point type is that of their first inputs.
+_SAME_TYPE = (
+    "Add", "Div", "Gemm", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Squeeze",
+    "Sub", "Unsqueeze",
+)  # fmt: skip
+
+
+def type_of(value: ir.Value | None, depth: int = 16) -> ir.DataType | None:
+    """Returns the element type of a value, from its declaration or from what computes it."""
+    if value is None or value.dtype is not None or not depth:
+        return None if value is None else value.dtype
+    node = value.producer()
+    if node is None:
+        return None
+    if is_op(node, "Cast"):
+        return ir.DataType(node.attributes.get_int("to"))
+    if is_op(node, *_SAME_TYPE):
+        found = (type_of(source, depth - 1) for source in node.inputs[:2])
+        return next((dtype for dtype in found if dtype is not None), None)
+    if is_op(node, "TopK", "GatherElements", "ReduceSum") or ops.is_op(node, "MatMulNBits"):
+        return type_of(node.inputs[0], depth - 1) if value.index() == 0 else ir.DataType.INT64
+    return None
 
 
 def number(value: ir.Value | None) -> float | None:

@@ -299,6 +299,8 @@ def _columns_of_split(node: ir.Node, value: ir.Value) -> str | None:
         return None
     sizes = node.inputs[1] if len(node.inputs) > 1 else None
     tensor = None if sizes is None else ir.convenience.get_const_tensor(sizes)
-    if sizes is not None and (tensor is None or len(set(tensor.numpy().tolist())) != 1):
+    if sizes is not None and (
+        tensor is None or sizes.is_graph_input() or len(set(tensor.numpy().tolist())) != 1
+    ):
         return None
     return FIRST_HALF if value.index() == 0 else SECOND_HALF

@@ -26,6 +26,7 @@ from qmoe_rules.rules._facts import (
     rank,
     same_tokens,
     scalar,
+    type_of,
 )
 
 __all__ = [
@@ -102,10 +103,10 @@ def routing_of(
 def settled(routing: Routing, dtype: ir.DataType) -> Routing:
     """Returns the routing as it is emitted: logits of another type are not handed over.
 
-    Rounding them could choose other experts.
+    Rounding them could choose other experts, and MoE takes one type only.
     """
     logits = routing.logits
-    if logits is None or logits.dtype in (None, dtype):
+    if logits is None or type_of(logits) == dtype:
         return routing
     return dataclasses.replace(routing, logits=None, normalize=True)
 
@@ -185,9 +186,14 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
         axis = node.attributes.get_int("axis", 0)
         is_last = axis in (-1, (rank(indices) or 0) - 1)
         return (1, last_size(node.inputs[0])) if is_last else None
-    if is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
+    integer = is_op(node, "Cast") and node.attributes.get_int("to", 0) in _INDEX_TYPES
+    if (integer or is_op(node, "Identity")) and node.inputs[0] is not None:
         return _chosen(node.inputs[0])
     return None
+
+
+# What indices may be cast to: types that hold every expert and that ScatterElements takes.
+_INDEX_TYPES = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routing | None:
@@ -196,7 +202,7 @@ def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routi
     if top is None or not is_op(top, "TopK") or top.inputs[0] is None:
         return None
     values, ranked = top.outputs[0], _uncast(top.inputs[0])
-    node = _producer(_uncast(weights))
+    node = _producer(_uncast(weights, rounded=True))
     if _softmaxed(node) is not None and _softmaxed(node) is values:
         if producer(ranked, *_TIES) is not None:
             return None
@@ -213,12 +219,21 @@ def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routi
     return None
 
 
-def _uncast(value: ir.Value) -> ir.Value:
-    """Returns what a value was before it was cast from one floating-point type to another."""
+def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
+    """Returns what a value was before it was cast from one floating-point type to another.
+
+    Args:
+        value: The value.
+        rounded: Whether casts to a narrower type count too, which change the order of values.
+    """
     node = value.producer()
     while node is not None and is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
-        if not (node.inputs[0].dtype or ir.DataType.FLOAT).is_floating_point():
-            break
+        if is_op(node, "Cast"):
+            before, after = type_of(node.inputs[0]), ir.DataType(node.attributes.get_int("to"))
+            if before is None or not (before.is_floating_point() and after.is_floating_point()):
+                break
+            if after.bitwidth < before.bitwidth and not rounded:
+                break
         value = node.inputs[0]
         node = value.producer()
     return value
@@ -235,7 +250,7 @@ def _is_part(value: ir.Value | None, values: ir.Value, ranked: ir.Value, indices
     """Returns whether a value is the chosen part of what was ranked."""
     if value is None:
         return False
-    value = _uncast(value)
+    value = _uncast(value, rounded=True)
     node = value.producer()
     gathered = (
         node is not None

@@ -190,7 +190,9 @@ def _slot(value: ir.Value | None) -> _Slot | None:
             continue
         for index, number in both_ways(equal):
             expert, indices = scalar(number), _column_of(index)
-            if expert is not None and indices is not None and indices[1] == weights[1]:
+            if expert is None or expert % 1 or indices is None:
+                continue
+            if indices[1] == weights[1]:
                 nodes = (product, cast, equal)
                 return _Slot(int(expert), indices[0], *weights, cast, nodes)
     return None

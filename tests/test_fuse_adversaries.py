@@ -1,0 +1,100 @@
+"""Graphs that look like routed experts and mean something else, or are typed otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnxscript import rewriter
+
+from qmoe_rules import fuse_experts_rules
+from tests import expert_graphs
+from tests.expert_graphs import ROUTERS, Builder, Layer
+from tests.moe_models import nodes_of, relative_error, run
+
+Router = Callable[[Builder, ir.Value], tuple[ir.Value, ir.Value]]
+
+
+def layer_with(
+    router: Router, monkeypatch: pytest.MonkeyPatch, **fields: Any
+) -> tuple[ir.Model, Layer]:
+    monkeypatch.setitem(ROUTERS, "adversary", router)
+    layer = Layer(router="adversary", **fields)
+    builder = Builder(layer)
+    x = expert_graphs.source(builder.graph, layer)
+    return expert_graphs.finished(builder, x, builder.experts(x), 21), layer
+
+
+def without_types(model: ir.Model) -> ir.Model:
+    """Returns the model as an exporter leaves it that writes no value_info."""
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    return ir.from_proto(proto)
+
+
+def float32_router(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    layer = builder.layer
+    weight = builder.rng.standard_normal((layer.hidden, layer.experts)).astype(np.float32)
+    wide = builder.op("Cast", x, to=ir.DataType.FLOAT)
+    logits = builder.op("MatMul", wide, builder.weight("router", weight))
+    values, indices = builder.top(logits, layer.k)
+    weights = builder.op("Softmax", values, axis=-1)
+    return indices, builder.op("Cast", weights, to=ir.DataType.FLOAT16)
+
+
+def rounded_to_integers(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    layer = builder.layer
+    weight = 3 * builder.rng.standard_normal((layer.hidden, layer.experts))
+    logits = builder.op("MatMul", x, builder.weight("router", weight.astype(layer.dtype)))
+    whole = builder.op("Cast", logits, to=ir.DataType.INT64)
+    values, indices = builder.top(builder.op("Cast", whole, to=ir.DataType.FLOAT), layer.k)
+    return indices, builder.op("Softmax", values, axis=-1)
+
+
+def chosen_thrice(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    indices, weights = ROUTERS["softmax_topk_norm"](builder, x)
+    return (
+        builder.op("Concat", indices, indices, indices, axis=-1),
+        builder.op("Concat", weights, weights, weights, axis=-1),
+    )
+
+
+def float_indices(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    indices, weights = ROUTERS["sigmoid"](builder, x)
+    return builder.op("Cast", indices, to=ir.DataType.FLOAT), weights
+
+
+@pytest.mark.parametrize(
+    ("router", "fields", "tolerance"),
+    [
+        (float32_router, {"dtype": np.float16}, 2e-3),
+        (rounded_to_integers, {}, 1e-5),
+        (chosen_thrice, {}, 1e-5),
+    ],
+)
+def test_whatever_is_fused_computes_the_same(
+    router: Router, fields: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layer = layer_with(router, monkeypatch, **fields)
+    feeds = expert_graphs.feeds(layer)
+    expected = run(model, feeds)[0]
+    fused = rewriter.rewrite(without_types(model), [*fuse_experts_rules()])
+    assert relative_error(run(fused, feeds)[0], expected) <= tolerance
+
+
+def test_indices_of_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Builder, "constant", _float_numbers(Builder.constant))
+    model, _ = layer_with(float_indices, monkeypatch)
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    assert nodes_of(model, "MoE") == []
+
+
+def _float_numbers(constant: Any) -> Any:
+    def as_floats(builder: Builder, value: Any, dtype: Any = np.int64) -> ir.Value:
+        made: ir.Value = constant(builder, value, np.float32 if isinstance(value, int) else dtype)
+        return made
+
+    return as_floats
