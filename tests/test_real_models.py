@@ -293,3 +293,28 @@ def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     shifted = logits - logits.max(-1, keepdims=True)
     logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return logs
+
+
+@pytest.mark.parametrize(
+    ("model", "warning"),
+    [
+        ("genai-gptoss-int4-cuda", "weights_prepacked is not stated"),
+        ("genai-phimoe-int4-cuda-raw", "input is [?, ?, 128]; the weights ask for [?, ?, 192]"),
+    ],
+)
+def test_what_is_wrong_with_kept_nodes_is_told(model: str, warning: str, shared: Path) -> None:
+    for row in plan(shared / "models" / model).rows:
+        assert row.status == "kept"
+        assert [warning in text for text in row.warnings] == [True]
+
+
+def test_a_kept_node_whose_layout_the_target_misreads_is_told(
+    tiny_fp16: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_fp16, tmp_path / "cuda", layout="cutlass_sm80", target="cuda")
+    quantize(tiny_fp16, tmp_path / "raw")
+    packed, raw = (plan(tmp_path / name).rows for name in ("cuda", "raw"))
+    assert all(
+        "the CPU provider misreads layout 'cutlass_sm80'" in row.warnings[0] for row in packed
+    )
+    assert [row.warnings for row in raw] == [()] * 2
