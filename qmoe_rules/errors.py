@@ -8,7 +8,6 @@ __all__ = [
     "SaveError",
     "SourceError",
     "UnsupportedNodeError",
-    "VerificationError",
 ]
 
 
@@ -30,7 +29,3 @@ class UnsupportedNodeError(QMoEError):
 
 class SaveError(QMoEError, OSError):
     """The destination cannot be written. The source is untouched, and so is the destination."""
-
-
-class VerificationError(QMoEError):
-    """A converted model does not compute what it should."""

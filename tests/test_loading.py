@@ -221,12 +221,13 @@ def test_data_outside_the_models_folder_are_refused(
         load(source)
 
 
-def test_hard_linked_data_are_read_or_refused_in_our_own_words(
+def test_hard_linked_data_are_refused_before_anything_is_written(
     source: Path, tmp_path: Path
 ) -> None:
     os.link(source.with_name("model.onnx.data"), tmp_path / "second name")
-    with contextlib.suppress(QMoEError):
+    with pytest.raises(SourceError, match="have several hard links"):
         quantize(source, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_model_whose_files_are_all_symlinks_is_read_or_refused_in_our_own_words(

@@ -19,6 +19,7 @@ __all__ = [
     "over_last_axis",
     "producer",
     "rank",
+    "same_size",
     "same_tokens",
     "scalar",
     "type_of",
@@ -97,7 +98,7 @@ def same_tokens(value: ir.Value, source: ir.Value) -> bool:
         first, second = value.shape[:-1], source.shape[:-1]
         if len(first) != len(second):
             return False
-        if all(_same_size(a, b) for a, b in zip(first, second, strict=True)):
+        if all(same_size(a, b) for a, b in zip(first, second, strict=True)):
             return True
     pending, seen = [value], {value}
     while pending and len(seen) < _SEARCHED:
@@ -139,7 +140,8 @@ def _has_rows(value: ir.Value | None) -> bool:
     return tensor is not None and any(size != 1 for size in tensor.shape.numpy()[:-1])
 
 
-def _same_size(first: Any, second: Any) -> bool:
+def same_size(first: Any, second: Any) -> bool:
+    """Returns whether two sizes of shapes are known to be the same."""
     return first == second and not (isinstance(first, ir.SymbolicDim) and first.value is None)
 
 

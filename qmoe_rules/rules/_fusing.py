@@ -7,6 +7,7 @@ nothing else needs the block, builds the MoE, removes what is dead and reports w
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,12 +56,12 @@ class FusingRule(RewriteRuleClassBase):
         self._fused: list[tuple[ir.Node, Sequence[ir.Value | None], Block]] = []
         self._leftovers = Leftovers()
 
+    @abstractmethod
     def find(self, node: ir.Node) -> Block | str | None:
         """Returns the block that ends in a node, why it stays, or None where there is none.
 
         It is called for every node that the pattern matches, so None has to be cheap.
         """
-        raise NotImplementedError
 
     def fused(self, block: Block, replacement: ir.Node) -> None:
         """Is told the MoE that takes the place of a block; a family may report it."""

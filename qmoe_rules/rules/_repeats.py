@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import producer, scalar
+from qmoe_rules.rules._facts import producer, same_size, scalar
 
 __all__ = [
     "column",
@@ -149,5 +149,4 @@ def _same_length(first: ir.Value, second: ir.Value) -> bool:
     """Returns whether the first axes of two values are known to have the same size."""
     if first.shape is None or second.shape is None:
         return False
-    a, b = first.shape[0], second.shape[0]
-    return a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None)
+    return same_size(first.shape[0], second.shape[0])
