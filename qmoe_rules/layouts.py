@@ -2,11 +2,14 @@
 
 A layout permutes codes and never changes one. `raw` is the packed array as it stands, uint8
 [N, K*bits/8]. The CUTLASS layouts are what ONNX Runtime's CUDA kernels read after prepacking,
-uint8 [K, N*bits/8]; the bytes equal those of ONNX Runtime's own packer.
+uint8 [K, N*bits/8]; the bytes equal those of ONNX Runtime's own packer. 4-bit floating-point codes
+have two layouts of their own: `k_packed`, the packed array as it stands, which the CPU kernel
+reads, and `n_packed`, uint8 [K, N/2], the low half of a byte for the even n, which the CUDA kernel
+reads (the order of ONNX Runtime's `pack_fp4_weights_for_cuda_moe_gemm`).
 
 The CUTLASS order, per expert, with I = 16 / bits and groups of R = 8*I columns: inside a group,
-column k = (c, g, p) for int4 of sizes (4, 4, 2), or (c, g) for int8 of sizes (2, 8), is stored in
-the order (g, p, c), or (g, c), which is what a warp's lanes load for one tensor-core fragment.
+column k = (c, g, p) of sizes (I, 4, 2) is stored in the order (g, p, c), which is what a warp's
+lanes load for one tensor-core fragment.
 `cutlass_sm80` also interleaves I rows: [N/I, I, K/64, 64] is stored as [N/I, K/64, I, 64].
 """
 
@@ -18,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_rules.formats import pack, unpack
+from qmoe_rules.formats import Format, pack, unpack
 
 __all__ = ["LAYOUTS", "Layout"]
 
 Bytes = npt.NDArray[np.uint8]
 
 # How a group of R columns splits into (c, g, p), by width.
-_GROUP = {4: (4, 4, 2), 8: (2, 8, 1)}
+_GROUP = {bits: (16 // bits, 4, 2) for bits in (2, 4, 8)}
 _TILE = 64
 
 
@@ -35,36 +38,51 @@ class Layout:
 
     Attributes:
         name: The public name, a value of the recipe's `layout`.
-        prepacked: QMoE's `weights_prepacked` for it: 0 raw, 1 packed.
+        prepacked: QMoE's `weights_prepacked` that says so.
+        quant_types: The values of `quant_type` that have it.
+        transposed: Whether the stored bytes are [K, N*bits/8], not [N, K*bits/8].
         store: (packed [N, K*bits/8], bits) -> stored bytes.
         load: (stored bytes, bits) -> packed [N, K*bits/8]; the inverse of `store`.
-        refuse: (N, K, bits) -> why such a weight cannot be stored so, or None.
+        refuse_shape: (N, K, bits) -> why such a weight cannot be stored so, or None.
     """
 
     name: str
     prepacked: int
+    quant_types: frozenset[str]
+    transposed: bool
     store: Callable[[Bytes, int], Bytes]
     load: Callable[[Bytes, int], Bytes]
-    refuse: Callable[[int, int, int], str | None]
+    refuse_shape: Callable[[int, int, int], str | None]
+
+    def refuse(self, rows: int, columns: int, format: Format) -> str | None:
+        """Returns why a [rows, columns] weight of this format cannot be stored so, or None."""
+        return self.refuse_format(format) or self.refuse_shape(rows, columns, format.bits)
+
+    def refuse_format(self, format: Format) -> str | None:
+        """Returns why no weight of this format is stored so, or None."""
+        if format.quant_type in self.quant_types:
+            return None
+        takers = [each.name for each in LAYOUTS.values() if format.quant_type in each.quant_types]
+        return f"layout {self.name} is not one of {format.name}'s ({', '.join(takers)})"
 
     def stored_shape(self, rows: int, columns: int, bits: int) -> tuple[int, int]:
         """Returns the shape of one expert's stored bytes."""
-        if self.prepacked:
+        if self.transposed:
             return columns, rows * bits // 8
         return rows, columns * bits // 8
 
 
-def _store_raw(packed: Bytes, bits: int) -> Bytes:
+def _as_it_stands(packed: Bytes, bits: int) -> Bytes:
     return packed
 
 
-def _refuse_raw(rows: int, columns: int, bits: int) -> str | None:
+def _refuse_nothing(rows: int, columns: int, bits: int) -> str | None:
     return None
 
 
 def _refuse_cutlass_sm80(rows: int, columns: int, bits: int) -> str | None:
     if bits not in _GROUP:
-        return f"layout cutlass_sm80 holds 4-bit and 8-bit codes, not {bits}-bit ones"
+        return f"layout cutlass_sm80 holds 2-bit, 4-bit and 8-bit codes, not {bits}-bit ones"
     if columns % _TILE:
         return f"layout cutlass_sm80 needs K divisible by {_TILE}, and K={columns}"
     step = 64 // bits
@@ -78,6 +96,17 @@ def _refuse_cutlass_sm90(rows: int, columns: int, bits: int) -> str | None:
         "layout cutlass_sm90 is never read by QMoE: every GPU, Hopper and later too, reads "
         "cutlass_sm80 (measured with onnxruntime-gpu 1.31.1 on an H200)"
     )
+
+
+def _refuse_n_packed(rows: int, columns: int, bits: int) -> str | None:
+    if rows % 2:
+        return f"layout n_packed holds two rows per byte, and N={rows} is odd"
+    return None
+
+
+def _transpose(packed: Bytes, bits: int) -> Bytes:
+    """Packs along the other axis; its own inverse."""
+    return pack(np.ascontiguousarray(unpack(packed, bits).T), bits)
 
 
 def _store_cutlass_sm80(packed: Bytes, bits: int) -> Bytes:
@@ -116,11 +145,31 @@ def _repack(codes: Bytes, leading: int, bits: int) -> Bytes:
     return pack(np.ascontiguousarray(codes).reshape(leading, -1), bits)
 
 
+_INT, _FP4 = frozenset({"int"}), frozenset({"fp4", "nvfp4"})
+
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("raw", 0, _store_raw, _store_raw, _refuse_raw),
-        Layout("cutlass_sm80", 1, _store_cutlass_sm80, _load_cutlass_sm80, _refuse_cutlass_sm80),
-        Layout("cutlass_sm90", 1, _store_cutlass_sm90, _load_cutlass_sm90, _refuse_cutlass_sm90),
+        Layout("raw", 0, _INT | {"fp8"}, False, _as_it_stands, _as_it_stands, _refuse_nothing),
+        Layout(
+            "cutlass_sm80",
+            1,
+            _INT,
+            True,
+            _store_cutlass_sm80,
+            _load_cutlass_sm80,
+            _refuse_cutlass_sm80,
+        ),
+        Layout(
+            "cutlass_sm90",
+            1,
+            _INT,
+            True,
+            _store_cutlass_sm90,
+            _load_cutlass_sm90,
+            _refuse_cutlass_sm90,
+        ),
+        Layout("n_packed", 0, _FP4, True, _transpose, _transpose, _refuse_n_packed),
+        Layout("k_packed", 1, _FP4, False, _as_it_stands, _as_it_stands, _refuse_nothing),
     )
 }

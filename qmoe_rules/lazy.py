@@ -24,10 +24,8 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["PARTS", "PlannedTensor", "Projection", "Slab", "plan_values", "register_beside"]
+__all__ = ["PlannedTensor", "Projection", "Slab", "plan_values", "register_beside"]
 
-PARTS = ("weights", "scales")
-_SUFFIXES = {"weights": "quantized", "scales": "scales"}
 _MEMO = "qmoe_rules.planned"
 _CACHE_BYTES = 64 << 20
 
@@ -60,26 +58,23 @@ class Projection:
         return self.weights.shape[0]
 
     @property
+    def parts(self) -> Mapping[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of what is stored of one expert, by part, the weights laid out."""
+        _, rows, columns = self.weights.shape
+        parts = dict(self.spec.parts(rows, columns, self.weights.dtype))
+        _, dtype = parts["weights"]
+        stored = LAYOUTS[self.layout].stored_shape(rows, columns, self.spec.format.bits)
+        return {**parts, "weights": (stored, dtype)}
+
+    @property
     def nbytes(self) -> int:
         """Size of all parts of all experts in bytes."""
-        return self.experts * sum(self.slab_nbytes(part) for part in PARTS)
+        return self.experts * sum(self.slab_nbytes(part) for part in self.parts)
 
     def slab_nbytes(self, part: str) -> int:
         """Returns the size of one expert's share of a part in bytes."""
-        return math.prod(self.slab_shape(part)) * self.dtype(part).bitwidth // 8
-
-    def slab_shape(self, part: str) -> tuple[int, ...]:
-        """Returns the shape of one expert's share of a part."""
-        _, rows, columns = self.weights.shape
-        if part == "weights":
-            return LAYOUTS[self.layout].stored_shape(rows, columns, self.spec.format.bits)
-        return self.spec.scales_shape(rows, columns)
-
-    def dtype(self, part: str) -> ir.DataType:
-        """Returns the element type of a part."""
-        if part == "weights":
-            return ir.DataType.UINT8
-        return ir.DataType.from_numpy(self.weights.dtype)
+        shape, dtype = self.parts[part]
+        return math.prod(shape) * dtype.itemsize
 
     def slab(self, expert: int) -> Slab:
         """Computes every part of one expert.
@@ -89,17 +84,18 @@ class Projection:
         """
         weight = self.weights.expert(expert)
         try:
-            quantized = METHODS[self.method](weight, self.spec)
+            quantized = METHODS[self.method](weight, self.spec, None)
         except SourceError as error:
             raise SourceError(
                 f"weight {self.weights.name!r}, expert {expert}: {error}; quantization needs "
                 "finite weights"
             ) from None
-        stored = LAYOUTS[self.layout].store(quantized.packed, self.spec.format.bits)
-        slab: Slab = {"weights": stored, "scales": quantized.scales}
-        for part, array in slab.items():
-            if array.shape != self.slab_shape(part):
-                raise AssertionError(f"{self!r}: {part} {array.shape}, not {self.slab_shape(part)}")
+        slab: Slab = quantized.parts()
+        packed = LAYOUTS[self.layout].store(quantized.packed, self.spec.format.bits)
+        slab["weights"] = packed.view(slab["weights"].dtype)
+        found = {part: (array.shape, array.dtype) for part, array in slab.items()}
+        if found != self.parts:
+            raise AssertionError(f"{self!r}: {found}, not {self.parts}")
         self.weights.release(expert)
         return slab
 
@@ -120,8 +116,9 @@ class PlannedTensor(ir.LazyTensor):
     """One part of a projection as a tensor [E, ...] that is computed on demand and never kept."""
 
     def __init__(self, projection: Projection, part: str, name: str) -> None:
-        shape = ir.Shape((projection.experts, *projection.slab_shape(part)))
-        super().__init__(self._materialize, projection.dtype(part), shape, name=name)
+        slab_shape, dtype = projection.parts[part]
+        shape = ir.Shape((projection.experts, *slab_shape))
+        super().__init__(self._materialize, ir.DataType.from_numpy(dtype), shape, name=name)
         self.projection = projection
         self.part = part
 
@@ -193,8 +190,10 @@ def plan_values(source: ir.Value, projection: Projection) -> dict[str, ir.Value]
     """
     key = (projection.spec, projection.layout, projection.method)
     tensors = {
-        part: PlannedTensor(projection, part, f"{source.name}_{suffix}")
-        for part, suffix in _SUFFIXES.items()
+        part: PlannedTensor(
+            projection, part, f"{source.name}_{'quantized' if part == 'weights' else part}"
+        )
+        for part in projection.parts
     }
     return register_beside(source, key, tensors)
 

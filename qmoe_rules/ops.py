@@ -27,6 +27,7 @@ __all__ = [
     "producer",
     "refuse_shapes",
     "refuse_unknown",
+    "slot",
     "slots",
     "static_shape",
 ]
@@ -164,6 +165,11 @@ def inputs(node: ir.Node) -> dict[str, ir.Value | None]:
     given = [None if value is None or value.name == "" else value for value in node.inputs]
     names = _INPUTS[node.op_type]
     return dict(zip(names, given + [None] * (len(names) - len(given)), strict=False))
+
+
+def slot(projection: str, part: str) -> str:
+    """Returns the QMoE input that holds a part of a projection (see `formats.Spec.parts`)."""
+    return f"{projection}_experts_weights" if part == "weights" else f"{projection}_{part}"
 
 
 def slots(op_type: str, given: Mapping[str, ir.Value | None]) -> list[ir.Value | None]:

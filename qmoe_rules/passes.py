@@ -70,8 +70,10 @@ def _audit(node: ir.Node, recipe: Recipe) -> tuple[str, ...]:
             "ones and the CUDA provider for packed ones; relayout_qmoe_rules states it",
         )
     found = stored_projections(node)
-    reason = found if isinstance(found, str) else None
-    reason = reason or recipe.provider_target.refuse_layout(layout.name)
+    if isinstance(found, str):
+        return (f"{name}: {found}",)
+    specs = {projection: stored.spec for projection, stored in found.items()}
+    reason = recipe.provider_target.refuse_storage(specs, layout.name)
     return (f"{name}: {reason}",) if reason else ()
 
 

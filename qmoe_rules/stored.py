@@ -16,41 +16,44 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.formats import SCALE_DTYPES, Format, Spec, unpack
+from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec, format_of
 from qmoe_rules.layouts import LAYOUTS, Layout
 from qmoe_rules.lazy import PlannedTensor
-from qmoe_rules.quantized import QuantizedWeights
+from qmoe_rules.quantized import QuantizedWeights, unpack_zero_points
 from qmoe_rules.slices import Combined, Slices
 from qmoe_rules.weights import resolve
 
 __all__ = ["STORED_LAYOUTS", "StoredProjection", "layout_of", "stored_projections"]
 
 STORED_LAYOUTS = ("raw", "cutlass_sm80")
-"""The layouts that QMoE reads, by the value of `weights_prepacked` that says so."""
+"""The layouts of integers that QMoE reads, by the value of `weights_prepacked` that says so."""
 
-_BITS = (2, 4, 8)
+# What `weights_prepacked` says. Integers of -1 are raw to the CPU and packed to CUDA.
+_BY_QUANT_TYPE = {
+    "int": dict(enumerate(STORED_LAYOUTS)),
+    "fp4": {-1: "n_packed", 0: "n_packed", 1: "k_packed"},
+    "nvfp4": {-1: "n_packed", 0: "n_packed", 1: "k_packed"},
+    "fp8": {-1: "raw", 0: "raw"},
+}
 
 
 @dataclass(frozen=True)
 class StoredProjection:
-    """One projection of a QMoE node with `quant_type="int"`, as its constants hold it.
+    """One projection of a QMoE node, as its constants hold it.
 
     Attributes:
-        spec: The width of the codes and the block size.
+        spec: The format of the codes, the block size and whether there are zero points.
         shape: (E, N, K).
         layout: The order of the stored bytes.
-        sources: The node's inputs that it is read from: weights, scales, and zero points where
-            they are given.
-        slices: How each of them is read: uint8 [E, ...] in the layout, scales [E, N] or
-            [E, N, K/block_size], packed zero points [E, N*bits/8] or [E, N, K/block_size*bits/8],
-            rounded up to whole bytes.
+        sources: The node's inputs that it is read from, by part (see `formats.Spec.parts`).
+        slices: How each of them is read: [E, ...], the weights in the layout.
     """
 
     spec: Spec
     shape: tuple[int, int, int]
     layout: Layout
-    sources: tuple[ir.Value, ...]
-    slices: tuple[Slices, ...]
+    sources: Mapping[str, ir.Value]
+    slices: Mapping[str, Slices]
 
     @classmethod
     def of(
@@ -75,9 +78,9 @@ class StoredProjection:
         return self.spec.format.bits
 
     @property
-    def dtype(self) -> np.dtype:
-        """The type of the scales, which is the activation type."""
-        return self.slices[1].dtype
+    def dtype(self) -> np.dtype | None:
+        """The activation type, which the scales of integers share; None where they do not tell."""
+        return None if self.spec.format.scale else self.slices["scales"].dtype
 
     def expert(self, index: int) -> QuantizedWeights:
         """Returns one expert, packed [N, K*bits/8].
@@ -85,23 +88,23 @@ class StoredProjection:
         Raises:
             SourceError: The data behind the node are missing or too short.
         """
-        packed, scales, *zeros = (source.read(index, index + 1) for source in self.slices)
-        stack = self._stack(packed, scales, *zeros)
-        points = None if stack.zero_points is None else stack.zero_points[0]
-        return QuantizedWeights(stack.packed[0], stack.scales[0], self.spec, points)
+        stack = self._stack(*(each.read(index, index + 1) for each in self.slices.values()))
+        optional = (stack.zero_points, stack.global_scale)
+        points, factor = (part if part is None else part[0] for part in optional)
+        return QuantizedWeights(stack.packed[0], stack.scales[0], self.spec, points, factor)
 
     def release(self, index: int) -> None:
         """Says that an expert has been used, so that its memory can go."""
-        for source in self.slices:
+        for source in self.slices.values():
             source.release(index, index + 1)
 
-    def dequantized(self) -> Slices:
-        """Returns the weights [E, N, K] that are meant, in float32 rounded to the scales' type."""
+    def dequantized(self, dtype: np.dtype) -> Slices:
+        """Returns the weights [E, N, K] that are meant, in float32 rounded to `dtype`."""
 
         def dequantize(*blocks: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return self._stack(*blocks).dequantize().astype(self.dtype, copy=False)
+            return self._stack(*blocks).dequantize().astype(dtype, copy=False)
 
-        return Combined(self.slices, self.shape, self.dtype, dequantize)
+        return Combined(tuple(self.slices.values()), self.shape, dtype, dequantize)
 
     def relaid(self, layout: Layout) -> Slices:
         """Returns the same codes as uint8 [E, ...] in another layout."""
@@ -111,19 +114,24 @@ class StoredProjection:
             return np.stack([layout.store(packed, self.bits) for packed in self._packed(stored)])
 
         shape = (experts, *layout.stored_shape(rows, columns, self.bits))
-        return Combined(self.slices[:1], shape, np.dtype(np.uint8), move)
+        return Combined((self.slices["weights"],), shape, np.dtype(np.uint8), move)
 
-    def _packed(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return np.stack([self.layout.load(expert, self.bits) for expert in stored])
+    def _packed(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        return np.stack([self.layout.load(each.view(np.uint8), self.bits) for each in stored])
 
-    def _stack(
-        self, stored: npt.NDArray[Any], scales: npt.NDArray[Any], *zeros: npt.NDArray[Any]
-    ) -> QuantizedWeights:
-        points = None
-        if zeros:
-            # They are packed along their last axis, which may end inside a byte.
-            points = unpack(zeros[0], self.bits)[..., : scales.shape[-1]]
-        return QuantizedWeights(self._packed(stored), scales, self.spec, points)
+    def _stack(self, *blocks: npt.NDArray[Any]) -> QuantizedWeights:
+        """Returns what blocks of some experts hold, given in the order of `slices`."""
+        parts = dict(zip(self.slices, blocks, strict=True))
+        points = parts.get("zero_points")
+        if points is not None:
+            points = unpack_zero_points(points, self.bits, parts["scales"].shape[-1])
+        return QuantizedWeights(
+            self._packed(parts["weights"]),
+            parts["scales" if self.spec.has_scales else "global_scale"],
+            self.spec,
+            points,
+            parts.get("global_scale") if self.spec.has_scales else None,
+        )
 
 
 def stored_projections(
@@ -159,16 +167,20 @@ def layout_of(node: ir.Node, source_layout: str | None = None) -> Layout | str:
         node: A QMoE node.
         source_layout: The layout where the node does not state it.
     """
-    prepacked = ops.attributes(node)["weights_prepacked"]
+    values = ops.attributes(node)
+    prepacked, quant_type = values["weights_prepacked"], values["quant_type"]
     if prepacked not in (-1, 0, 1):
         return f"weights_prepacked={prepacked} is unknown"
-    if prepacked == -1 and source_layout is None:
+    known = _BY_QUANT_TYPE.get(quant_type, {})
+    if prepacked not in known and quant_type != "int":
+        return f"weights_prepacked={prepacked} with quant_type={quant_type!r} is unknown"
+    if prepacked not in known and source_layout is None:
         return (
             "weights_prepacked is not stated, so the layout of its bytes is unknown; "
             "source_layout='raw' says that a CPU build wrote them, 'cutlass_sm80' a CUDA build"
         )
-    stated = source_layout if prepacked == -1 else STORED_LAYOUTS[prepacked]
-    if source_layout not in (None, stated):
+    stated = known.get(prepacked, source_layout)
+    if quant_type == "int" and source_layout not in (None, stated):
         return f"weights_prepacked={prepacked} says {stated}, and source_layout={source_layout!r}"
     return LAYOUTS[str(stated)]
 
@@ -201,43 +213,43 @@ class _NotReadableError(Exception):
 
 def _projection(node: ir.Node, name: str, source_layout: str | None) -> StoredProjection:
     given, values = ops.inputs(node), ops.attributes(node)
-    if values["quant_type"] != "int":
-        raise _NotReadableError(f"quant_type={values['quant_type']!r} is not 'int'")
+    spec = _spec(name, values, given)
     layout = layout_of(node, source_layout)
     if isinstance(layout, str):
         raise _NotReadableError(layout)
-    spec = _spec(name, values)
-    slots = [f"{name}_experts_weights", f"{name}_scales"]
-    if given[f"{name}_zero_points"] is not None:
-        slots.append(f"{name}_zero_points")
-    slices = {slot: _constant(slot, given[slot]) for slot in slots}
+    if reason := layout.refuse_format(spec.format):
+        raise _NotReadableError(reason)
+    sources = {
+        part: value
+        for part in spec.parts(1, 1, np.dtype(np.float32))
+        if (value := given[ops.slot(name, part)]) is not None
+    }
+    slices = {part: _constant(ops.slot(name, part), value) for part, value in sources.items()}
+    for part in ("weights", "scales" if spec.has_scales else "global_scale"):
+        if part not in slices:
+            raise _NotReadableError(f"{ops.slot(name, part)}: it is missing")
     shape = _shape(name, slices, spec, layout)
-    return StoredProjection(
-        spec,
-        shape,
-        layout,
-        tuple(value for slot in slots if (value := given[slot]) is not None),
-        tuple(slices.values()),
-    )
+    return StoredProjection(spec, shape, layout, sources, slices)
 
 
-def _spec(name: str, values: Mapping[str, Any]) -> Spec:
+def _spec(name: str, values: Mapping[str, Any], given: Mapping[str, ir.Value | None]) -> Spec:
     own = values[f"{name}_expert_weight_bits"]
     bits = values["expert_weight_bits"] if own is None else own
-    if bits not in _BITS:
-        raise _NotReadableError(f"{name} has {bits}-bit codes; 2, 4 and 8 bits are known")
+    format = format_of(values["quant_type"], bits)
+    if format is None:
+        known = ", ".join(FORMATS)
+        raise _NotReadableError(
+            f"{name} has {bits}-bit codes of quant_type={values['quant_type']!r}; known are {known}"
+        )
     # -1 is another way to say one scale per row.
-    return Spec(Format(f"int{bits}", bits), max(values["block_size"] or 0, 0))
+    size = format.block_size or max(values["block_size"] or 0, 0)
+    return Spec(format, size, symmetric=given[f"{name}_zero_points"] is None)
 
 
-def _constant(slot: str, value: ir.Value | None) -> Slices:
-    slices = "it is missing" if value is None else _slices(value)
+def _constant(slot: str, value: ir.Value) -> Slices:
+    slices = _slices(value)
     if isinstance(slices, str):
         raise _NotReadableError(f"{slot}: {slices}")
-    known = set(SCALE_DTYPES) if slot.endswith("scales") else {"uint8"}
-    if slices.dtype.name not in known:
-        listed = ", ".join(sorted(known))
-        raise _NotReadableError(f"{slot} is {slices.dtype.name} (it may be {listed})")
     return slices
 
 
@@ -251,35 +263,41 @@ def _slices(value: ir.Value) -> Slices | str:
 def _shape(
     name: str, slices: Mapping[str, Slices], spec: Spec, layout: Layout
 ) -> tuple[int, int, int]:
-    """Returns (E, N, K) after checking every shape: N and E are the scales', K the bytes'."""
-    weights, scales = (slices[f"{name}_{part}"].shape for part in ("experts_weights", "scales"))
-    bits = spec.format.bits
-    if len(weights) != 3 or len(scales) < 2:
-        raise _NotReadableError(
-            f"{name}_experts_weights is {list(weights)} and {name}_scales {list(scales)}; they "
-            "have three axes, and two or three"
-        )
-    experts, rows = scales[:2]
-    columns = weights[1] if layout.prepacked else weights[2] * 8 // bits
-    # A layout that was claimed wrongly shows here, in the rows, wherever N is not K.
-    wanted = (experts, *layout.stored_shape(rows, columns, bits))
-    if weights != wanted:
-        raise _NotReadableError(
-            f"{name}_experts_weights is {list(weights)}; {rows} rows of {name}_scales in layout "
-            f"{layout.name} ask for {list(wanted)}"
-        )
-    if reason := spec.refuse_shape(rows, columns) or layout.refuse(rows, columns, bits):
+    """Returns (E, N, K) after checking every shape and type.
+
+    A layout that was claimed wrongly shows here, in the rows of the scales, wherever N is not K.
+    """
+    weights = slices["weights"].shape
+    if len(weights) != 3:
+        raise _NotReadableError(f"{name}_experts_weights is {list(weights)}; it has three axes")
+    experts, rows, columns = weights
+    rows, columns = (columns, rows) if layout.transposed else (rows, columns)
+    if layout.transposed:
+        rows = rows * 8 // spec.format.bits
+    else:
+        columns = columns * 8 // spec.format.bits
+    reason = spec.refuse_shape(rows, columns) or layout.refuse(rows, columns, spec.format)
+    if reason:
         raise _NotReadableError(f"{name}_experts_weights: {reason}")
-    scales_wanted = (experts, *spec.scales_shape(rows, columns))
-    *leading, last = scales_wanted
-    expected = {
-        f"{name}_scales": scales_wanted,
-        f"{name}_zero_points": (*leading, -(-last * bits // 8)),
-    }
-    for slot, shape in expected.items():
-        if slot in slices and slices[slot].shape != shape:
+    parts = spec.parts(rows, columns, np.dtype(np.float32))
+    stored = layout.stored_shape(rows, columns, spec.format.bits)
+    for part, each in slices.items():
+        shape, dtype = parts[part]
+        wanted = (experts, *(stored if part == "weights" else shape))
+        if each.shape != wanted:
             raise _NotReadableError(
-                f"{slot} is {list(slices[slot].shape)}; weights [N={rows}, K={columns}] stored as "
-                f"{spec} ask for {list(shape)}"
+                f"{ops.slot(name, part)} is {list(each.shape)}; weights [N={rows}, K={columns}] "
+                f"stored as {spec} in layout {layout.name} ask for {list(wanted)}"
+            )
+        known = SCALE_DTYPES if part == "scales" and _is_plain(spec) else (dtype.name,)
+        if each.dtype.name not in known:
+            raise _NotReadableError(
+                f"{ops.slot(name, part)} is {each.dtype.name} "
+                f"(it may be {', '.join(sorted(known))})"
             )
     return experts, rows, columns
+
+
+def _is_plain(spec: Spec) -> bool:
+    """Returns whether the scales are ordinary floating-point numbers, of any activation type."""
+    return spec.format.scale is None or spec.format.square

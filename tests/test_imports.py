@@ -22,10 +22,13 @@ NUMBERS = (
     "errors",
     "formats",
     "quantized",
+    "statistics",
     "quantizers",
     "layouts",
     "targets",
+    "providers",
     "recipe",
+    "options",
 )
 GRAPHS = ("ops", "files", "slices", "weights", "lazy", "stored", "report", "rules", "passes")
 EDGES = ("loading", "staging", "saving", "pipeline", "inspection", "reference")

@@ -65,7 +65,9 @@ def converted_error(
     model = convert(single(experts, shape=shape, **attributes), recipe)
     assert the_node(model)
     feeds = experts.feeds(shape)
-    wanted = expected(experts.arrays(), feeds, recipe.spec, **{**experts.attributes, **attributes})
+    wanted = expected(
+        experts.arrays(), feeds, recipe.specs["fc1"], **{**experts.attributes, **attributes}
+    )
     return relative_error(run(model, feeds)[0], wanted)
 
 
@@ -118,7 +120,9 @@ def test_a_node_without_attributes_gets_the_defaults_of_the_schema() -> None:
         "weights_prepacked": 0,
     }
     feeds = experts.feeds()
-    wanted = expected(experts.arrays(), feeds, Recipe().spec)  # the reference has its own defaults
+    wanted = expected(
+        experts.arrays(), feeds, Recipe().specs["fc1"]
+    )  # the reference has its own defaults
     assert relative_error(run(model, feeds)[0], wanted) <= EXACT
 
 
@@ -327,7 +331,7 @@ def test_packed_bytes_are_not_the_raw_ones() -> None:
             value.const_value = ir.tensor(stored)
             value.shape = ir.Shape(stored.shape)
     feeds = experts.feeds()
-    wanted = expected(experts.arrays(), feeds, recipe.spec, **attributes)
+    wanted = expected(experts.arrays(), feeds, recipe.specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) > 0.5
 
 

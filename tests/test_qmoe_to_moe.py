@@ -70,7 +70,7 @@ def test_there_and_back_gives_the_dequantized_weights(
             array = found[SLOTS[name]]
             assert array.dtype == np.dtype(dtype)
             if name in ("fc1", "fc2"):
-                packed = [rtn_numpy(expert, recipe.spec) for expert in weight]
+                packed = [rtn_numpy(expert, recipe.specs["fc1"]) for expert in weight]
                 weight = np.stack([expert.dequantize().astype(dtype) for expert in packed])
             np.testing.assert_array_equal(array, weight)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.providers import TARGETS
 from qmoe_rules.recipe import Override, Recipe
-from qmoe_rules.targets import TARGETS
 
 NODE = "/model/layers.0/moe/MoE"
 
@@ -33,14 +33,14 @@ def test_the_default_is_portable_int4_with_a_scale_per_row() -> None:
         nodes_to_exclude=(),
         overrides=(),
     )
-    assert recipe.spec == Spec(FORMATS["int4"], 0)
+    assert recipe.specs["fc1"] == Spec(FORMATS["int4"], 0)
     assert recipe.provider_target is TARGETS["portable"]
     assert not recipe.excludes(NODE)
     assert recipe.resolve(NODE) == recipe
 
 
 def test_the_spec_follows_bits_and_block_size() -> None:
-    assert Recipe(bits=8, block_size=64).spec == Spec(FORMATS["int8"], 64)
+    assert Recipe(bits=8, block_size=64).specs["fc1"] == Spec(FORMATS["int8"], 64)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -738,5 +738,5 @@ def test_halves_that_the_graph_interleaves_are_quantized() -> None:
         assert theirs.const_value is not None
         assert ours.const_value.tobytes() == theirs.const_value.tobytes()
     feeds = experts.feeds()
-    wanted = expected(arrays, feeds, recipe.spec, **attributes)
+    wanted = expected(arrays, feeds, recipe.specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) <= 1e-5

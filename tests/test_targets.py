@@ -10,7 +10,8 @@ import pytest
 
 from qmoe_rules.formats import FORMATS, Format, Spec
 from qmoe_rules.layouts import LAYOUTS
-from qmoe_rules.targets import CPU, CUDA, TARGETS, Facts, Target
+from qmoe_rules.providers import CPU, CUDA, TARGETS
+from qmoe_rules.targets import Facts, Target
 
 INT2, INT4, INT8 = Format("int2", 2), FORMATS["int4"], FORMATS["int8"]
 # A node that every target takes; the tables below say what they change of it.

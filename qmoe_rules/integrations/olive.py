@@ -26,6 +26,7 @@ except ImportError as error:
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.options import OPTIONS
 from qmoe_rules.pipeline import quantize
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import Recipe
@@ -37,16 +38,6 @@ logger = logging.getLogger("olive.qmoe_rules")  # a child of Olive's, which show
 
 _ARCH = 80
 
-_RECIPE_FIELDS: dict[str, tuple[Any, str]] = {
-    "bits": (int, "Width of a code: 4 or 8."),
-    "block_size": (int, "Columns that share a scale: a power of two from 16, or 0 for a row."),
-    "method": (str, "How codes are chosen: 'rtn', round to nearest."),
-    "layout": (str, "Order of the stored bytes: 'raw', or 'cutlass_sm80' for CUDA alone."),
-    "target": (str, "Where the model must run right: 'portable', 'cpu' or 'cuda'."),
-    "nodes_to_exclude": (list[str], "Nodes to leave in float: names, fnmatch or 're:' patterns."),
-    "overrides": (list[str], "Other settings for some nodes, such as '*layers.0*:bits=8'."),
-}
-
 
 class OnnxMoEQuantization(Pass):
     """Quantizes the experts of an ONNX model: com.microsoft::MoE becomes com.microsoft::QMoE."""
@@ -54,8 +45,12 @@ class OnnxMoEQuantization(Pass):
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
         parameters = {
-            name: PassConfigParam(type_=kind, default_value=_default(name), description=text)
-            for name, (kind, text) in _RECIPE_FIELDS.items()
+            option.name: PassConfigParam(
+                type_=list[str] if option.kind is list else option.kind,
+                default_value=option.default,
+                description=option.help,
+            )
+            for option in OPTIONS
         }
         parameters["force_arch"] = PassConfigParam(
             type_=int,
@@ -93,17 +88,12 @@ def package_config() -> dict[str, Any]:
     return config
 
 
-def _default(name: str) -> Any:
-    value = getattr(Recipe(), name)
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _recipe(config: BasePassConfig) -> Recipe:
     """Returns the recipe that a pass configuration asks for; None stands for the default."""
     if config.force_arch not in (_ARCH, None):
-        reason = LAYOUTS["cutlass_sm90"].refuse(0, 0, config.bits)
+        reason = LAYOUTS["cutlass_sm90"].refuse_shape(0, 0, 4)
         raise ConfigError(f"force_arch={config.force_arch}; it may be {_ARCH}: {reason}")
-    given = {name: getattr(config, name) for name in _RECIPE_FIELDS}
+    given = {option.name: getattr(config, option.name) for option in OPTIONS}
     return Recipe.of(**{name: value for name, value in given.items() if value is not None})
 
 

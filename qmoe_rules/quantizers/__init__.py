@@ -1,4 +1,4 @@
-"""Quantizers: one file, one verb, (weight [N, K], spec) -> QuantizedWeights."""
+"""Quantizers: one file, one verb, (weight [N, K], spec, statistics) -> QuantizedWeights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy.typing as npt
 from qmoe_rules.formats import Spec
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers import rtn
+from qmoe_rules.statistics import Statistics
 
 __all__ = ["METHODS", "Quantizer"]
 
-Quantizer = Callable[[npt.NDArray[np.generic], Spec], QuantizedWeights]
+Quantizer = Callable[[npt.NDArray[np.generic], Spec, Statistics | None], QuantizedWeights]
 
 METHODS: dict[str, Quantizer] = {"rtn": rtn.rtn}

@@ -4,6 +4,9 @@ One scale per row is positive, max|w| / 2^(bits-1); one scale per block is signe
 the element of largest magnitude to the lowest code, -2^(bits-1) (the definition of ONNX Runtime's
 `quantize_matmul_{4,8}bits`; a negative element wins a tie). The signed scale uses the code that
 the positive one wastes and costs nothing; per row the positive scale is the safer of the two.
+
+With zero points the codes reach from the least to the greatest weight, zero always among them:
+scale = (high - low) / (2^bits - 1), zero_point = round(-low / scale).
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_rules.errors import SourceError
-from qmoe_rules.formats import SCALE_DTYPES, Spec, pack
+from qmoe_rules.formats import Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
+from qmoe_rules.quantizers._checks import check, finite_float32, not_finite
+from qmoe_rules.quantizers.floats import float_rtn
+from qmoe_rules.statistics import Statistics
 
 __all__ = ["rtn", "rtn_numpy", "smallest_scale"]
 
@@ -49,12 +54,15 @@ def smallest_scale(dtype: np.dtype) -> np.float32:
     return np.float32(smallest)
 
 
-def rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
+def rtn(
+    weight: npt.NDArray[np.generic], spec: Spec, statistics: Statistics | None = None
+) -> QuantizedWeights:
     """Quantizes one expert's weights to the nearest code.
 
     Args:
         weight: [N, K] float32, float16 or bfloat16, C-contiguous rows. K is divisible by the block.
         spec: The format and block size.
+        statistics: Not used: what is nearest does not depend on it.
 
     Returns:
         The codes and the scales, which have the weight's dtype.
@@ -63,9 +71,11 @@ def rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
         SourceError: The weights hold an infinity or a NaN.
         ValueError: The weights have another type or a shape that `spec` cannot hold.
     """
-    _check(weight, spec)
+    check(weight, spec)
+    if spec.format.element is not None:
+        return float_rtn(weight, spec)
     kernels = _kernels()
-    if kernels is None:
+    if kernels is None or not spec.symmetric or spec.format.bits not in (4, 8):
         return rtn_numpy(weight, spec)
     rows, columns = weight.shape
     kinds = {
@@ -81,51 +91,60 @@ def rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
         kinds[weight.dtype.name],
         spec.format.bits,
         spec.block_size or columns,
-        bool(spec.block_size),
+        _is_signed(spec),
         packed,
         scales.view(pattern),
     )
     if bad_row >= 0:
-        raise _not_finite(bad_row)
+        raise not_finite(bad_row)
     return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
 
 
 def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
-    """The meaning of `rtn` in plain numpy; byte-equal to it, and its stand-in without numba.
+    """The meaning of `rtn` for integers, in plain numpy; byte-equal to it, and its stand-in.
 
-    Every step is one float32 operation: scale = ∓peak / 2^(bits-1), rounded to the weight's
-    dtype; code = round_half_even(weight * (1 / scale)) + zero_point, clipped.
+    Every step is one float32 operation. The scale is rounded to the weight's dtype; then
+    code = round_half_even(weight * (1 / scale)) + zero_point, clipped.
     """
-    _check(weight, spec)
+    check(weight, spec)
     rows, columns = weight.shape
-    blocks = weight.astype(np.float32).reshape(rows, spec.blocks(columns), -1)
-    finite = np.isfinite(blocks).all(axis=(1, 2))
-    if not finite.all():
-        raise _not_finite(int(np.argmin(finite)))
+    blocks = finite_float32(weight).reshape(rows, spec.blocks(columns), -1)
     low, high = blocks.min(axis=2), blocks.max(axis=2)
-    peak = np.where(-low >= high, low, high)
-    peak[peak == 0] = np.float32(-0.0)  # whatever the signs of the zeros, their scale is +0
-    half_range = np.float32(spec.format.zero_point)
-    exact = -peak / half_range if spec.block_size else np.abs(peak) / half_range
+    exact = _signed_scales(low, high, spec) if spec.symmetric else _ranges(low, high, spec)
     scales = exact.astype(weight.dtype)
     floor = smallest_scale(weight.dtype)
-    lost = (peak != 0) & (np.abs(scales.astype(np.float32)) < floor)
+    lost = ((low < 0) | (high > 0)) & (np.abs(scales.astype(np.float32)) < floor)
     scales[lost] = np.copysign(floor, exact[lost]).astype(weight.dtype)
     value = scales.astype(np.float32)
     inverse = np.divide(np.float32(1), value, out=np.zeros_like(value), where=value != 0)
-    codes = np.rint(blocks * inverse[..., None]) + half_range
-    codes = np.clip(codes, 0, spec.format.max_code).astype(np.uint8).reshape(rows, columns)
-    packed = pack(codes, spec.format.bits)
-    return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
+    points: npt.NDArray[np.floating] = np.full(scales.shape, np.float32(spec.format.zero_point))
+    if not spec.symmetric:
+        points = np.clip(np.rint(-np.minimum(low, 0) * inverse), 0, spec.format.max_code)
+    codes = np.rint(blocks * inverse[..., None]) + points[..., None]
+    packed = pack(spec.format.encode(codes).reshape(rows, columns), spec.format.bits)
+    shape = spec.scales_shape(rows, columns)
+    stored = None if spec.symmetric else points.astype(np.uint8).reshape(shape)
+    return QuantizedWeights(packed, scales.reshape(shape), spec, stored)
 
 
-def _check(weight: npt.NDArray[np.generic], spec: Spec) -> None:
-    if weight.dtype.name not in SCALE_DTYPES:
-        raise ValueError(f"weights are {weight.dtype}; they may be {', '.join(SCALE_DTYPES)}")
-    reason = spec.refuse_shape(*weight.shape)
-    if reason:
-        raise ValueError(reason)
+def _signed_scales(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], spec: Spec
+) -> npt.NDArray[np.float32]:
+    peak = np.where(-low >= high, low, high)
+    peak[peak == 0] = np.float32(-0.0)  # whatever the signs of the zeros, their scale is +0
+    half_range = np.float32(spec.format.zero_point)
+    scales = (-peak if _is_signed(spec) else np.abs(peak)) / half_range
+    return scales.astype(np.float32, copy=False)
 
 
-def _not_finite(row: int) -> SourceError:
-    return SourceError(f"row {row} holds an infinity or a NaN")
+def _is_signed(spec: Spec) -> bool:
+    return bool(spec.block_size) and spec.signed
+
+
+def _ranges(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], spec: Spec
+) -> npt.NDArray[np.float32]:
+    steps = np.float32(spec.format.max_code)
+    # Divided before they are subtracted: the range of float32 weights may overflow.
+    scales = np.maximum(high, 0) / steps - np.minimum(low, 0) / steps
+    return scales.astype(np.float32, copy=False)

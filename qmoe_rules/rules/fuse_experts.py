@@ -5,12 +5,12 @@ from __future__ import annotations
 from onnxscript.rewriter import RewriteRuleSet
 
 from qmoe_rules.errors import ConfigError
+from qmoe_rules.providers import TARGETS
 from qmoe_rules.report import Report
 from qmoe_rules.rules.fuse_batched_experts import FuseBatchedExperts
 from qmoe_rules.rules.fuse_dense_experts import FuseDenseExperts
 from qmoe_rules.rules.fuse_nbits_experts import FuseNBitsExperts
 from qmoe_rules.rules.fuse_unrolled_experts import FuseUnrolledExperts
-from qmoe_rules.targets import TARGETS
 
 __all__ = ["fuse_experts_rules"]
 

@@ -21,7 +21,7 @@ from qmoe_rules.rules._experts import Experts, Parts, derived, stack
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.slices import Slices
-from qmoe_rules.targets import CUDA, Facts, Target
+from qmoe_rules.targets import Facts, Target
 
 __all__ = ["FuseNBitsExperts"]
 
@@ -29,6 +29,7 @@ __all__ = ["FuseNBitsExperts"]
 _INPUTS = ("weights", "scales", "zero_points", "g_idx", "bias")
 # The compute types that MatMulNBits may choose from; QMoE computes as exactly as the activations.
 _ACCURACY_LEVELS = range(5)
+_WIDTHS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ class _Storage:
         """Scales per row."""
         return -(-self.columns // self.block_size)
 
-    @property
-    def spec(self) -> Spec:
-        """The same as QMoE says it."""
-        return Spec(FORMATS[f"int{self.bits}"], self.block_size)
+    def spec(self, zero_points: bool) -> Spec:
+        """Returns the same as QMoE says it."""
+        return Spec(FORMATS[f"int{self.bits}"], self.block_size, symmetric=not zero_points)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the parts of one expert, as QMoE has them."""
@@ -62,7 +62,7 @@ class _Storage:
 
     def refuse(self) -> str | None:
         """Returns why QMoE cannot store it so, or None."""
-        if f"int{self.bits}" not in FORMATS:
+        if self.bits not in _WIDTHS:
             return f"MatMulNBits with {self.bits} bits"
         if self.block_size < 1 or self.columns % self.block_size:
             return f"{self.columns} columns are not whole blocks of {self.block_size}"
@@ -137,17 +137,16 @@ class FuseNBitsExperts(ChainRule[Map]):
     def refuse(self, experts: Experts, maps: Sequence[Map]) -> str | None:
         """Returns why QMoE would compute something else, or None."""
         gate, down = maps[0].attributes[0], maps[-1].attributes[0]
+        has_points = "zero_points" in experts.gate
+        spec = gate.spec(has_points)
         for each in maps:
-            found = each.attributes[0]
-            if (found.bits, found.block_size) != (gate.bits, gate.block_size):
-                return f"both {gate.spec} and {found.spec} weights"
+            if (found := each.attributes[0].spec(has_points)) != spec:
+                return f"both {spec} and {found} weights"
         if (down.rows, down.columns) != (gate.columns, experts.gate["weights"].shape[1]):
             return f"gate is {[gate.rows, gate.columns]}, and down {[down.rows, down.columns]}"
-        facts = _facts(experts)
-        return (
-            self._target.refuse_spec(gate.spec)
-            or self._target.refuse(facts, gate.spec, "raw")
-            or self._refuse_zero_points(facts, (gate, down), "zero_points" in experts.gate)
+        specs = {"fc1": spec, "fc2": spec}
+        return self._target.refuse_storage(specs, "raw") or self._target.refuse(
+            _facts(experts), specs
         )
 
     def fused(self, block: Block, replacement: ir.Node) -> None:
@@ -158,7 +157,11 @@ class FuseNBitsExperts(ChainRule[Map]):
             part.nbytes for parts in maps for name, part in parts.items() if name != "bias"
         )
         attributes, facts = experts.storage, _facts(experts)
-        spec = Spec(FORMATS[f"int{attributes['expert_weight_bits']}"], attributes["block_size"])
+        spec = Spec(
+            FORMATS[f"int{attributes['expert_weight_bits']}"],
+            attributes["block_size"],
+            symmetric="zero_points" not in experts.gate,
+        )
         row = Row(
             ops.label(replacement),
             CONVERTED,
@@ -168,23 +171,9 @@ class FuseNBitsExperts(ChainRule[Map]):
             stored=f"{spec}, raw, as they were",
             bytes_before=nbytes,
             bytes_after=nbytes,
-            warnings=self._target.warnings(facts, spec),
+            warnings=self._target.warnings(facts, {"fc1": spec, "fc2": spec}),
         )
         self._report.record(replacement, row)
-
-    def _refuse_zero_points(
-        self, facts: Facts, storages: Sequence[_Storage], is_given: bool
-    ) -> str | None:
-        on_cuda = CUDA in self._target.providers and facts.dtype not in CUDA.falls_back
-        if not (is_given and on_cuda):
-            return None
-        for storage in storages:
-            if storage.bits == 4 and storage.blocks % 2:
-                return (
-                    f"{CUDA.name} misreads int4 zero points where a row has an odd number of "
-                    f"blocks, and {storage.columns} columns have {storage.blocks}"
-                )
-        return None
 
 
 def _facts(experts: Experts) -> Facts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +16,17 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from qmoe_rules import ops
-from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.lazy import Projection, plan_values
-from qmoe_rules.recipe import Recipe
+from qmoe_rules.recipe import PROJECTIONS, Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
 from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.rules.normalize_moe import REFUSED
-from qmoe_rules.targets import Facts
+from qmoe_rules.targets import GATED, Facts
 from qmoe_rules.weights import ExpertWeights
 
 __all__ = ["moe_to_qmoe_rules"]
 
 logger = logging.getLogger(__name__)
-
-_PROJECTIONS = ("fc1", "fc2")
 
 
 def moe_to_qmoe_rules(
@@ -125,8 +123,7 @@ class MoEToQMoE(RewriteRuleClassBase):
             if source is None:
                 raise AssertionError(f"{name} was there when the node was checked")
             planned = plan_values(source, projection)
-            inputs[f"{name}_experts_weights"] = planned["weights"]
-            inputs[f"{name}_scales"] = planned["scales"]
+            inputs |= {ops.slot(name, part): value for part, value in planned.items()}
             inputs[f"{name}_experts_bias"] = given[f"{name}_experts_bias"]
             self._leftovers.replaced(source)
             self._leftovers.made(*planned.values())
@@ -174,15 +171,12 @@ class MoEToQMoE(RewriteRuleClassBase):
         reason = (
             ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
             or _refuse_types(weights)
-            or recipe.provider_target.refuse(
-                _facts(weights, attributes), recipe.spec, recipe.layout
-            )
-            or _refuse_storage(weights, recipe)
+            or _refuse(facts, recipe)
         )
         if reason:
             return reason
         projections = {
-            name: Projection(view, recipe.spec, recipe.layout, recipe.method)
+            name: Projection(view, recipe.specs[name], recipe.storage.name, recipe.method)
             for name, view in weights.items()
         }
         return _Conversion(recipe, facts, attributes, projections)
@@ -191,7 +185,7 @@ class MoEToQMoE(RewriteRuleClassBase):
 def _weights(given: Mapping[str, ir.Value | None]) -> dict[str, ExpertWeights] | str:
     """Returns views of the constant weights of both projections, or why there are none."""
     weights = {}
-    for name in _PROJECTIONS:
+    for name in PROJECTIONS:
         value = given[f"{name}_experts_weights"]
         view = "it is missing" if value is None else ExpertWeights.of(value)
         if isinstance(view, str):
@@ -205,17 +199,11 @@ def _refuse_types(weights: Mapping[str, ExpertWeights]) -> str | None:
     return None if fc1 == fc2 else f"fc1_experts_weights is {fc1}, fc2_experts_weights is {fc2}"
 
 
-def _refuse_storage(weights: Mapping[str, ExpertWeights], recipe: Recipe) -> str | None:
-    """Returns which weight cannot be packed as the recipe says, or None."""
-    layout = LAYOUTS[recipe.layout]
-    for name, view in weights.items():
-        _, rows, columns = view.shape
-        reason = recipe.spec.refuse_shape(rows, columns) or layout.refuse(
-            rows, columns, recipe.bits
-        )
-        if reason:
-            return f"{name}_experts_weights: {reason}"
-    return None
+def _refuse(facts: Facts, recipe: Recipe) -> str | None:
+    """Returns why the recipe's target cannot take a node, and what could, or None."""
+    reason = recipe.refuse(facts)
+    advice = recipe.advise(facts) if reason else None
+    return f"{reason}; {advice}" if advice else reason
 
 
 def _facts(weights: Mapping[str, ExpertWeights], attributes: Mapping[str, Any]) -> Facts:
@@ -234,12 +222,18 @@ def _facts(weights: Mapping[str, ExpertWeights], attributes: Mapping[str, Any]) 
 def _qmoe_attributes(conversion: _Conversion) -> dict[str, Any]:
     """Returns every attribute written out, because defaults have differed between versions."""
     recipe = conversion.recipe
+    fc1, fc2 = recipe.specs.values()
     attributes = {name: value for name, value in conversion.attributes.items() if value is not None}
-    attributes["expert_weight_bits"] = recipe.bits
-    if recipe.block_size:  # the CPU kernel refuses -1 for one scale per row: it must be absent
-        attributes["block_size"] = recipe.block_size
-    attributes["quant_type"] = "int"
-    attributes["weights_prepacked"] = LAYOUTS[recipe.layout].prepacked
+    attributes["expert_weight_bits"] = fc1.format.bits
+    if fc2.format != fc1.format:
+        attributes["fc2_expert_weight_bits"] = fc2.format.bits
+    if fc1.block_size and not fc1.format.block_size:  # written only where it is free to vary,
+        attributes["block_size"] = fc1.block_size  # and absent for rows: the CPU refuses -1
+    attributes["quant_type"] = fc1.format.quant_type
+    if recipe.provider_target.reads_prepacked:
+        attributes["weights_prepacked"] = recipe.storage.prepacked
+    if recipe.provider_target.wants_limit and attributes["activation_type"] in GATED:
+        attributes.setdefault("swiglu_limit", math.inf)
     return attributes
 
 
@@ -250,7 +244,7 @@ def _row(node: ir.Node, found: _Conversion | str) -> Row:
     return dataclasses.replace(
         row,
         status=CONVERTED,
-        stored=f"{found.recipe.spec}, {found.recipe.layout}",
+        stored=found.recipe.describe(),
         bytes_after=sum(projection.nbytes for projection in found.projections.values()),
         warnings=_warnings(node, found),
     )
@@ -258,7 +252,7 @@ def _row(node: ir.Node, found: _Conversion | str) -> Row:
 
 def _warnings(node: ir.Node, found: _Conversion) -> tuple[str, ...]:
     recipe = found.recipe
-    warnings = list(recipe.provider_target.warnings(found.facts, recipe.spec))
+    warnings = list(recipe.provider_target.warnings(found.facts, recipe.specs))
     router = ops.inputs(node)["router_probs"]
     producer = router.producer() if router is not None else None
     if producer is not None and producer.op_type == "Softmax":

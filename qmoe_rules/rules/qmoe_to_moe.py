@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRuleSet
 
@@ -57,31 +58,32 @@ class QMoEToMoE(StoredRule):
     def refuse(self, node: ir.Node, projections: Projections) -> str | None:
         """Returns what the node computes that no MoE does, or None."""
         given = ops.inputs(node)
-        for name in ops.QMOE_INPUTS[ops.QMOE_INPUTS.index("router_weights") + 1 :]:
-            if given[name] is not None:
+        for name in ops.QMOE_INPUTS:
+            if "_act_" in name and given[name] is not None:
                 return f"{name} is present, and MoE has no such input"
         return _refuse_types(node, projections) or _refuse_routing(node)
 
     def facts(self, node: ir.Node, projections: Projections) -> dict[str, Any]:
         """Returns the type and the bytes of the float weights."""
-        given = ops.inputs(node)
+        given, dtype = ops.inputs(node), _dtype(node, projections)
         normalizes = ops.attributes(node)["normalize_routing_weights"]
         return {
-            "stored": projections["fc1"].dtype.name,
-            "bytes_after": sum(each.dequantized().nbytes for each in projections.values()),
+            "stored": dtype.name,
+            "bytes_after": sum(each.dequantized(dtype).nbytes for each in projections.values()),
             "warnings": () if normalizes or given["router_weights"] else (_RENORMALIZES,),
         }
 
     def replace(self, op: Any, node: ir.Node, projections: Projections) -> ir.Value:
         """Builds the MoE node and registers the dequantized weights."""
         given, values = ops.inputs(node), ops.attributes(node)
-        inputs = dict(given)
+        inputs, dtype = dict(given), _dtype(node, projections)
         for name, projection in projections.items():
-            key = ("dequantized", projection.spec, projection.layout.name, *projection.sources)
+            sources = tuple(projection.sources.values())
+            key = ("dequantized", dtype, projection.spec, projection.layout.name, *sources)
             inputs[f"{name}_experts_weights"] = self.register(
-                projection.sources[0], key, projection.dequantized(), "dequantized"
+                sources[0], key, projection.dequantized(dtype), "dequantized"
             )
-            self.discard(*projection.sources)
+            self.discard(*sources)
         if given["router_weights"] is not None:
             self.discard(given["router_weights"])
         # Every attribute is written out, because defaults have differed between versions.
@@ -92,15 +94,28 @@ class QMoEToMoE(StoredRule):
         return moe
 
 
+def _dtype(node: ir.Node, projections: Projections) -> np.dtype:
+    """Returns the activation type of a node that `_refuse_types` does not refuse."""
+    x = ops.inputs(node)["input"]
+    of_x = x.dtype.numpy() if x is not None and x.dtype is not None else None
+    dtype = projections["fc1"].dtype or of_x
+    if dtype is None:
+        raise AssertionError(f"the type of {ops.label(node)} is not known")
+    return dtype
+
+
 def _refuse_types(node: ir.Node, projections: Projections) -> str | None:
     """Returns which types disagree that are one in a MoE, or None."""
     x = ops.inputs(node)["input"]
+    of_x = x.dtype.numpy() if x is not None and x.dtype is not None else None
     dtype = projections["fc1"].dtype
+    if dtype is None:
+        return None if of_x is not None else "the type of its input is not known"
     for name, projection in projections.items():
-        if projection.dtype != dtype:
+        if projection.dtype not in (None, dtype):
             return f"fc1_scales is {dtype.name}, {name}_scales is {projection.dtype.name}"
-    if x is not None and x.dtype is not None and x.dtype.numpy() != dtype:
-        return f"fc1_scales is {dtype.name}, input is {x.dtype.numpy().name}"
+    if of_x not in (None, dtype):
+        return f"fc1_scales is {dtype.name}, input is {of_x.name}"
     return None
 
 

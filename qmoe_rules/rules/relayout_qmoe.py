@@ -67,9 +67,7 @@ class RelayoutQMoE(StoredRule):
         """Returns which weight has no place in the layout, or None."""
         for name, projection in projections.items():
             _, rows, columns = projection.shape
-            if projection.bits not in (4, 8):
-                return f"{name} has {projection.bits}-bit codes; 4 and 8 bits can be moved"
-            if reason := self._layout.refuse(rows, columns, projection.bits):
+            if reason := self._layout.refuse(rows, columns, projection.spec.format):
                 return f"{name}_experts_weights: {reason}"
         return None
 
@@ -83,7 +81,7 @@ class RelayoutQMoE(StoredRule):
         for name, projection in projections.items():
             if projection.layout is self._layout:  # only the attribute was missing
                 continue
-            source = projection.sources[0]
+            source = projection.sources["weights"]
             key = ("relaid", projection.bits, projection.layout.name, self._layout.name)
             slot = ops.QMOE_INPUTS.index(f"{name}_experts_weights")
             inputs[slot] = self.register(

@@ -1,0 +1,92 @@
+"""The `qmoe` command: argument parsing and printing, nothing else.
+
+Exit status: 0 done, 1 a check failed, 2 bad input or usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from qmoe_rules.cli._commands import parser
+from qmoe_rules.errors import QMoEError, UnsupportedNodeError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+        argv: The arguments; those of the process where it is left out.
+    """
+    arguments = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding
+    try:
+        with _logging(), _interrupting_on_sigterm():
+            status: int = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except UnsupportedNodeError as error:
+        return _fail(error, 1)
+    except QMoEError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    except OSError as error:  # of standard output: whatever happens to files is a QMoEError
+        _abandon_stdout()
+        # A pipe whose reader has seen enough is no failure.
+        return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, 2)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Shows what the pipeline warns of; the table says what the rules would log."""
+    package, pipeline = logging.getLogger("qmoe_rules"), logging.getLogger("qmoe_rules.pipeline")
+    quiet, shown = logging.NullHandler(), logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("qmoe: %(message)s"))
+    package.addHandler(quiet)
+    pipeline.addHandler(shown)
+    try:
+        yield
+    finally:
+        package.removeHandler(quiet)
+        pipeline.removeHandler(shown)
+
+
+def _abandon_stdout() -> None:
+    """Keeps the interpreter from trying, and failing, to flush standard output at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: object, status: int) -> int:
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"qmoe: {line}\n")
+    return status
+
+
+@contextlib.contextmanager
+def _interrupting_on_sigterm() -> Iterator[None]:
+    """Lets a request to stop clean up like Ctrl-C; only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,94 @@
+"""The commands: what each one's arguments are, and what it calls."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from qmoe_rules.cli._options import add_recipe_options, recipe_of
+from qmoe_rules.cli._printing import inspection_table, print_json, print_report, progress_bar, show
+from qmoe_rules.inspection import inspect
+from qmoe_rules.pipeline import plan, quantize
+
+__all__ = ["parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser; the parsed arguments have the command's function as `run`."""
+    command_line = argparse.ArgumentParser(
+        prog="qmoe",
+        description="Quantize the experts of Mixture-of-Experts ONNX models.",
+        epilog="exit status: 0 done, 1 a check failed, 2 bad input or usage",
+    )
+    command_line.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('qmoe-rules')}"
+    )
+    commands = command_line.add_subparsers(required=True, metavar="COMMAND")
+    _add_command(commands, "plan", _plan, "say what quantize would do; computes nothing")
+    command = _add_command(commands, "quantize", _quantize, "write a model with quantized experts")
+    command.add_argument("destination", metavar="OUT", help="an .onnx file, or a folder")
+    command.add_argument(
+        "--workers", type=positive_number, metavar="N", help="threads (default: all)"
+    )
+    for name in ("plan", "quantize"):
+        add_recipe_options(commands.choices[name])
+    _add_command(commands, "inspect", _inspect, "list a model's MoE and QMoE nodes")
+    return command_line
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    command.add_argument("model", metavar="MODEL", help="an .onnx file, or a folder that holds one")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return command
+
+
+def positive_number(text: str) -> int:
+    """Returns the number that a text spells."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    report = plan(arguments.model, recipe_of(arguments))
+    print_report(report, arguments.json)
+    if arguments.fail_if_skipped:
+        report.raise_if_skipped()
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    with progress_bar() as bar:
+        task = bar.add_task("writing", total=None) if bar else None
+
+        def advance(done: int, total: int) -> None:
+            if bar is not None and task is not None:
+                bar.update(task, completed=done, total=total)
+
+        report = quantize(
+            arguments.model,
+            arguments.destination,
+            recipe_of(arguments),
+            workers=arguments.workers,
+            progress=advance,
+            strict=arguments.fail_if_skipped,
+        )
+    print_report(report, arguments.json)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    summaries = inspect(arguments.model)
+    if arguments.json:
+        print_json([dataclasses.asdict(summary) for summary in summaries])
+        return 0
+    show(inspection_table(summaries) if summaries else "no com.microsoft::MoE or QMoE node found")
+    return 0

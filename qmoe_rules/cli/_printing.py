@@ -1,0 +1,114 @@
+"""What the command prints: tables, JSON, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from qmoe_rules.inspection import NodeSummary
+from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, human_bytes
+
+__all__ = ["inspection_table", "print_json", "print_report", "progress_bar", "show"]
+
+_PIPE_WIDTH = 1000  # columns of a table that no terminal limits
+
+
+def progress_bar() -> AbstractContextManager[Progress | None]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def show(*things: Table | str) -> None:
+    """Prints tables and plain text; rich renders, but leaves errors of the output to us."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        width=shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH,
+        force_terminal=terminal,
+        highlight=False,
+    )
+    for thing in things:
+        console.print(thing, markup=False, emoji=False)
+    _write(cast(io.StringIO, console.file).getvalue())
+
+
+def _write(text: str) -> None:
+    if sys.stdout is not None:  # it is None where the process was started without one
+        sys.stdout.write(text)
+
+
+def print_json(data: object) -> None:
+    _write(json.dumps(data, indent=2) + "\n")
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+        return
+    if report.rows:
+        show(_report_table(report.rows))
+    warnings = dict.fromkeys(text for row in report.rows for text in row.warnings)
+    show(*(f"note: {warning}" for warning in warnings), report.summary())
+
+
+def _report_table(rows: Sequence[Row]) -> Table:
+    table = _table("node", "E", "H", "I", "result", "before", "after", right=(1, 2, 3, 5, 6))
+    for row in rows:
+        result = row.stored if row.status == CONVERTED else f"{row.status}: {row.reason}"
+        style = "yellow" if row.status == SKIPPED else None
+        sizes = _sizes(row.experts, row.hidden, row.inter)
+        before, after = human_bytes(row.bytes_before), human_bytes(row.bytes_after)
+        table.add_row(Text(row.node), *sizes, Text(result), before, after, style=style)
+    return table
+
+
+def inspection_table(summaries: Sequence[NodeSummary]) -> Table:
+    table = _table(
+        "node",
+        "op",
+        "type",
+        "E",
+        "H",
+        "I",
+        "k",
+        "activation",
+        "stored",
+        "bytes",
+        right=(3, 4, 5, 6, 9),
+    )
+    for summary in summaries:
+        table.add_row(
+            Text(summary.node),
+            summary.op,
+            summary.dtype,
+            *_sizes(summary.experts, summary.hidden, summary.inter),
+            str(summary.k),
+            Text(summary.activation),
+            Text(summary.stored),
+            human_bytes(summary.nbytes),
+        )
+    return table
+
+
+def _table(*titles: str, right: Sequence[int]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _sizes(*sizes: int) -> tuple[str, ...]:
+    return tuple(str(size) if size else "?" for size in sizes)

@@ -1,0 +1,34 @@
+"""What every quantizer asks of its input."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.formats import SCALE_DTYPES, Spec
+
+__all__ = ["check", "finite_float32", "not_finite"]
+
+
+def check(weight: npt.NDArray[np.generic], spec: Spec) -> None:
+    """Raises ValueError where `spec` cannot hold a weight of this type and shape."""
+    if weight.dtype.name not in SCALE_DTYPES:
+        raise ValueError(f"weights are {weight.dtype}; they may be {', '.join(SCALE_DTYPES)}")
+    reason = spec.refuse() or spec.refuse_shape(*weight.shape)
+    if reason:
+        raise ValueError(reason)
+
+
+def finite_float32(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """Returns weights [N, K] in float32, or raises SourceError where one is not finite."""
+    values = weight.astype(np.float32)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise not_finite(int(np.argmin(finite)))
+    return values
+
+
+def not_finite(row: int) -> SourceError:
+    """Returns the error for a row that holds an infinity or a NaN."""
+    return SourceError(f"row {row} holds an infinity or a NaN")
