@@ -84,7 +84,7 @@ class Format:
         The inverse of `decode` for every finite code. Integers have their zero point in them.
         """
         if self.element is None:
-            return np.clip(np.rint(values), 0, self.max_code).astype(np.uint8)
+            return np.asarray(np.clip(np.rint(values), 0, self.max_code), np.uint8)
         clipped = np.clip(values, -self.max_value, self.max_value).astype(self.element)
         return np.asarray(clipped.view(np.uint8))
 
@@ -231,7 +231,9 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """
     if 8 % bits:  # a code may lie across two bytes
         stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-        return np.packbits(stream.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+        *leading, columns = codes.shape
+        stream = stream.reshape(*leading, columns * bits)
+        return np.packbits(stream, axis=-1, bitorder="little")
     per_byte = 8 // bits
     packed = codes[..., ::per_byte].copy()
     for position in range(1, per_byte):

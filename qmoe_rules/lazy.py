@@ -7,6 +7,7 @@ so a planned model can be inspected, cloned, laid out and saved like any other.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import threading
@@ -18,19 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import Spec
 from qmoe_rules.layouts import LAYOUTS
-from qmoe_rules.quantizers import METHODS
+from qmoe_rules.slabs import Slab, SlabWork
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["PlannedTensor", "Projection", "Slab", "plan_values", "register_beside"]
+__all__ = ["PlannedTensor", "Projection", "plan_values", "register_beside"]
 
 _MEMO = "qmoe_rules.planned"
 _CACHE_BYTES = 64 << 20
-
-Slab = dict[str, npt.NDArray[Any]]
-"""The stored bytes of one expert of one projection, by part."""
 
 
 class Projection:
@@ -76,23 +73,24 @@ class Projection:
         shape, dtype = self.parts[part]
         return math.prod(shape) * dtype.itemsize
 
+    def work(self, expert: int) -> SlabWork:
+        """Returns what it takes to compute one expert."""
+        label = f"weight {self.weights.name!r}, expert {expert}"
+        weight = self.weights.expert(expert)
+        return SlabWork(weight, self.spec, self.layout, self.method, None, label)
+
+    def portable_work(self, expert: int) -> SlabWork:
+        """Returns the same for another process, which reads the weights from their file itself."""
+        work = self.work(expert)
+        return dataclasses.replace(work, source=self.weights.file_slice(expert) or work.source)
+
     def slab(self, expert: int) -> Slab:
         """Computes every part of one expert.
 
         Raises:
             SourceError: The weights cannot be read, or hold an infinity or a NaN.
         """
-        weight = self.weights.expert(expert)
-        try:
-            quantized = METHODS[self.method](weight, self.spec, None)
-        except SourceError as error:
-            raise SourceError(
-                f"weight {self.weights.name!r}, expert {expert}: {error}; quantization needs "
-                "finite weights"
-            ) from None
-        slab: Slab = quantized.parts()
-        packed = LAYOUTS[self.layout].store(quantized.packed, self.spec.format.bits)
-        slab["weights"] = packed.view(slab["weights"].dtype)
+        slab = self.work(expert).compute()
         found = {part: (array.shape, array.dtype) for part, array in slab.items()}
         if found != self.parts:
             raise AssertionError(f"{self!r}: {found}, not {self.parts}")

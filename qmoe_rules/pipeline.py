@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, KEPT, Report
-from qmoe_rules.saving import Progress, guard, saved_bytes, write_model
+from qmoe_rules.saving import (
+    Progress,
+    SaveOptions,
+    guard,
+    saved_bytes,
+    stage_for,
+    write_model,
+)
 from qmoe_rules.staging import Staging, naming_errors, resolved
 
 __all__ = ["plan", "quantize"]
@@ -55,6 +63,9 @@ def quantize(
     recipe: Recipe | None = None,
     *,
     workers: int | None = None,
+    executor: Executor | None = None,
+    max_shard_size: int | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     strict: bool = False,
     **recipe_fields: Any,
@@ -70,6 +81,9 @@ def quantize(
         destination: An .onnx file, or a folder, which takes a model of the source's name.
         recipe: What to do; the default recipe where it is left out.
         workers: Threads that compute and write; all processors where it is left out.
+        executor: Who computes and writes the slabs in place of threads (see `save`).
+        max_shard_size: Bytes after which another data file begins; one file where it is left out.
+        resume: Keep what is written where the work is interrupted, and go on from there.
         progress: Called as bytes are written.
         strict: Refuse to write anything where a MoE node cannot be converted.
         **recipe_fields: Fields of `Recipe` that differ from `recipe`.
@@ -86,6 +100,7 @@ def quantize(
     Example:
         >>> # quantize("model.onnx", "model-int4", bits=4, block_size=32)
     """
+    options = SaveOptions(workers, executor, max_shard_size, resume, progress)
     recipe = Recipe.of(recipe, **recipe_fields)
     found = locate(source)
     path = _destination_file(found, Path(destination))
@@ -93,10 +108,10 @@ def quantize(
     if strict:
         report.raise_if_skipped()
     guard(model, path, frozenset({found.model.resolve()}))
-    with Staging(path.parent) as stage:
+    with stage_for(path, options) as stage:
         if found.folder is not None and path.parent != found.folder.resolve():
             _copy_side_files(found.folder, _model_files(found, model), stage, path.parent)
-        written = write_model(model, stage, path.name, workers=workers, progress=progress)
+        written = write_model(model, stage, path.name, options)
         stage.commit(path.name)
     report.file_bytes_after = written
     return report

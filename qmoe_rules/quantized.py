@@ -83,8 +83,10 @@ class QuantizedWeights:
 
 def pack_zero_points(points: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Packs zero points along their last axis, which is filled up to whole bytes with zeros."""
-    short = -points.shape[-1] % (8 // bits)
-    return pack(np.pad(points, [(0, 0)] * (points.ndim - 1) + [(0, short)]), bits)
+    *leading, count = points.shape
+    whole = np.zeros((*leading, -(-count // 8) * 8), np.uint8)  # 8 codes of any width fill bytes
+    whole[..., :count] = points
+    return pack(whole, bits)[..., : -(-count * bits // 8)]
 
 
 def unpack_zero_points(

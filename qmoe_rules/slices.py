@@ -65,6 +65,11 @@ class Slices(ABC):
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def external(self) -> ir.ExternalTensor | None:
+        """The tensor of a file whose bytes are the array's, None where something is in between."""
+        return None
+
+    @property
     @abstractmethod
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
         """The tensors that the slices are read from."""
@@ -84,6 +89,11 @@ class TensorSlices(Slices):
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
         """The tensor itself."""
         return (self._tensor,)
+
+    @property
+    def external(self) -> ir.ExternalTensor | None:
+        """The tensor itself, where it is in a file."""
+        return self._tensor if isinstance(self._tensor, ir.ExternalTensor) else None
 
     def read(self, start: int, stop: int) -> Array:
         """Returns a view of the mapped file, or of an array that is kept for a while."""

@@ -22,12 +22,22 @@ class Staging:
     Attributes:
         destination: The folder that the files are for; it need not exist yet.
         path: The hidden folder, on the same disk.
+        unfinished: A folder beside it for files that are still written, which an interrupted save
+            may leave to the next.
         exclusive: Names of files that must not replace another.
         obsolete: Files of the destination that `commit` deletes last.
     """
 
-    def __init__(self, destination: Path) -> None:
+    def __init__(self, destination: Path, kept_as: str | None = None) -> None:
+        """Prepares a staging folder.
+
+        Args:
+            destination: The folder that the files are for.
+            kept_as: Under which name an interrupted save is kept, to go on from; None lets go of
+                everything.
+        """
         self.destination = destination
+        self._kept_as = kept_as
         self.exclusive: set[str] = set()
         self.obsolete: list[Path] = []
         self._made: list[Path] = []
@@ -39,9 +49,12 @@ class Staging:
             with naming_errors(self.destination):
                 self._make_folders(parent)
                 self._refuse_long_name()
-                self._hidden = Path(tempfile.mkdtemp(dir=parent, prefix=".qmoe-"))
+                self._hidden = self._hide(parent)
                 self.path = self._hidden / "files"
+                shutil.rmtree(self.path, ignore_errors=True)
                 self.path.mkdir()  # with ordinary permissions, unlike the one around it
+                self.unfinished = self._hidden / "unfinished"
+                self.unfinished.mkdir(exist_ok=True)
         except BaseException:
             self._remove_made()
             raise
@@ -53,9 +66,14 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        if error is None or self._kept_as is None:
+            shutil.rmtree(self._hidden, ignore_errors=True)
         if error is not None:
             self._remove_made()
+
+    def has(self, name: str) -> bool:
+        """Returns whether the destination has a file of this name, or will have it."""
+        return (self.destination / name).exists() or (self.path / name).exists()
 
     def require_space(self, needed: int) -> None:
         """Raises SaveError where the disk has less than `needed` bytes left."""
@@ -91,6 +109,13 @@ class Staging:
         for file in self.obsolete:
             with contextlib.suppress(OSError):
                 file.unlink()
+
+    def _hide(self, parent: Path) -> Path:
+        if self._kept_as is None:
+            return Path(tempfile.mkdtemp(dir=parent, prefix=".qmoe-"))
+        hidden = parent / f".qmoe-resume-{self.destination.name}-{self._kept_as}"
+        hidden.mkdir(mode=0o700, exist_ok=True)
+        return hidden
 
     def _refuse_obstacle(self, target: Path) -> None:
         if target.is_dir():

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qmoe_rules import ops
+from qmoe_rules import files, ops
 from qmoe_rules.formats import SCALE_DTYPES
+from qmoe_rules.slabs import FileSlice
 from qmoe_rules.slices import (
     Combined,
     Joined,
@@ -75,6 +76,19 @@ class ExpertWeights:
         """
         weight: npt.NDArray[np.generic] = self.slices.read(index, index + 1)[0]
         return weight
+
+    def file_slice(self, index: int) -> FileSlice | None:
+        """Returns where one expert lies in a file, None where it is not read as it stands.
+
+        Raises:
+            SourceError: The file lies outside the model's folder.
+        """
+        tensor = self.slices.external
+        if tensor is None:
+            return None
+        _, rows, columns = self.shape
+        start = (tensor.offset or 0) + index * rows * columns * self.dtype.itemsize
+        return FileSlice(str(files.resolved_file(tensor)), start, (rows, columns), self.dtype)
 
     def release(self, index: int) -> None:
         """Says that an expert has been used, so that its memory can go."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.formats import Format, Spec, pack
+from qmoe_rules.formats import FORMATS, Spec, pack
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantized import QuantizedWeights
 from tests.moe_models import Array, Arrays, Experts, Graph, inputs_of
@@ -27,7 +27,7 @@ SHARED_ATTRIBUTES = (
 
 
 def spec_of(bits: int, block_size: int = 0) -> Spec:
-    return Spec(Format(f"int{bits}", bits), block_size)
+    return Spec(FORMATS[f"int{bits}"], block_size)
 
 
 @dataclass(frozen=True)
@@ -58,35 +58,29 @@ class Codes:
         if self.fc3:
             sizes["fc3"] = (inter, hidden, self.fc1)
         rng = np.random.default_rng(self.experts.seed)
-        drawn = {}
-        for name, (n, k, spec) in sizes.items():
-            top = spec.format.max_code
-            codes = rng.integers(0, top, (experts, n, k), np.uint8, endpoint=True)
-            shape = (experts, *spec.scales_shape(n, k))
-            scales = rng.choice([-1, 1], shape) * rng.uniform(0.5, 1.5, shape) / (top * k**0.5)
-            points = rng.integers(0, top, shape, np.uint8, endpoint=True)
-            drawn[name] = QuantizedWeights(
-                pack(codes, spec.format.bits),
-                scales.astype(self.experts.dtype),
-                spec,
-                points if self.zero_points else None,
-            )
-        return drawn
+        return {
+            name: self._drawn(rng, (experts, n, k), replace(spec, symmetric=not self.zero_points))
+            for name, (n, k, spec) in sizes.items()
+        }
 
     def arrays(self) -> Arrays:
         """Returns the node's constants by slot of the schema."""
         arrays: Arrays = {}
         for name, weight in self.weights().items():
             bits = weight.spec.format.bits
+            parts = weight.parts()
             store = LAYOUTS[self.layout].store
-            arrays[f"{name}_experts_weights"] = np.stack([store(e, bits) for e in weight.packed])
-            arrays[f"{name}_scales"] = weight.scales
+            stored = np.stack([store(e, bits) for e in weight.packed])
+            parts["weights"] = stored.view(parts["weights"].dtype)
             if weight.zero_points is not None:
-                arrays[f"{name}_zero_points"] = packed_points(weight.zero_points, bits)
+                parts["zero_points"] = packed_points(weight.zero_points, bits)
+            arrays |= {ops.slot(name, part): array for part, array in parts.items()}
         biases = self.experts.arrays()
         for name in ("fc1", "fc2") if self.experts.bias else ():
-            rows = arrays[f"{name}_scales"].shape[1]
-            arrays[f"{name}_experts_bias"] = biases[f"{name}_bias"][:, :rows]
+            arrays[f"{name}_experts_bias"] = biases[f"{name}_bias"]
+        if self.fc3 and self.experts.bias:  # its rows are fc1's second half
+            bias = arrays["fc1_experts_bias"]
+            arrays["fc1_experts_bias"] = bias[:, : self.experts.inter]
         return arrays
 
     def attributes(self, **given: Any) -> dict[str, Any]:
@@ -97,8 +91,8 @@ class Codes:
             "k": 2,
             "expert_weight_bits": self.fc1.format.bits,
             "fc2_expert_weight_bits": None if fc2 is self.fc1 else fc2.format.bits,
-            "block_size": self.fc1.block_size or None,
-            "quant_type": "int",
+            "block_size": None if self.fc1.format.block_size else self.fc1.block_size or None,
+            "quant_type": self.fc1.format.quant_type,
             "normalize_routing_weights": 1,
             "weights_prepacked": LAYOUTS[self.layout].prepacked,
         }
@@ -112,6 +106,36 @@ class Codes:
         x, router_probs = inputs_of(graph, self.experts)
         values = {slot: graph.weight(slot, array) for slot, array in self.arrays().items()}
         return graph.model(append(graph, x, router_probs, values, **self.attributes(**attributes)))
+
+    def _drawn(
+        self, rng: np.random.Generator, size: tuple[int, int, int], spec: Spec
+    ) -> QuantizedWeights:
+        format, (experts, n, k) = spec.format, size
+        top = format.max_code
+        codes = rng.integers(0, top, size, np.uint8, endpoint=True)
+        shape = (experts, *spec.scales_shape(n, k))
+        spread = rng.uniform(0.5, 1.5, shape)
+        if format.element is None:
+            signed = rng.choice([-1, 1], shape) * spread / (top * k**0.5)
+            points = rng.integers(0, top, shape, np.uint8, endpoint=True)
+            return QuantizedWeights(
+                pack(codes, format.bits),
+                signed.astype(self.experts.dtype),
+                spec,
+                points if self.zero_points else None,
+            )
+        if format.bits == 8:
+            codes[codes & 0x7F == 0x7F] = 0x7E  # no NaN
+        factor = (rng.uniform(0.5, 1.5, experts) / (format.max_value * k**0.5)).astype(np.float32)
+        scales = np.exp2(np.rint(spread)) if format.scale and format.name == "mxfp4" else spread
+        if not format.global_scale:
+            scales = scales * factor.reshape(experts, *[1] * (spread.ndim - 1))
+        return QuantizedWeights(
+            pack(codes, format.bits),
+            scales.astype(format.scale),
+            spec,
+            global_scale=factor if format.global_scale else None,
+        )
 
 
 def append(

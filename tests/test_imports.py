@@ -27,11 +27,22 @@ NUMBERS = (
     "layouts",
     "targets",
     "providers",
+    "slabs",
     "recipe",
     "options",
 )
 GRAPHS = ("ops", "files", "slices", "weights", "lazy", "stored", "report", "rules", "passes")
-EDGES = ("loading", "staging", "saving", "pipeline", "inspection", "reference")
+EDGES = (
+    "extents",
+    "journal",
+    "writing",
+    "loading",
+    "staging",
+    "saving",
+    "pipeline",
+    "inspection",
+    "reference",
+)
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "integrations", "cli", "__init__", "__main__")
 
 LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich")
@@ -158,7 +169,7 @@ def test_importing_the_package_is_light() -> None:
 def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
     """Guards the tests above against a walk that finds nothing."""
     lazy = {module.name: module for module in MODULES}["lazy"]
-    assert {"errors", "formats", "layouts", "quantizers", "weights"} <= lazy.imported_rooms()
+    assert {"formats", "layouts", "slabs", "weights"} <= lazy.imported_rooms()
     assert {"numpy", "onnx_ir"} <= lazy.imported_packages(top_level=True)
     path = tmp_path / "sample.py"
     path.write_text("import a\nif True:\n    import b.c\ndef f():\n    import onnxruntime\n")

@@ -28,7 +28,7 @@ from qmoe_rules import (
     plan,
     quantize,
     quantizers,
-    saving,
+    writing,
 )
 
 RECIPE: dict[str, Any] = {"bits": 4, "block_size": 32}
@@ -526,7 +526,7 @@ def test_progress_and_workers_are_passed_on(
         counts.append(workers)
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(saving, "ThreadPoolExecutor", counting)
+    monkeypatch.setattr(writing, "ThreadPoolExecutor", counting)
     calls: list[tuple[int, int]] = []
     quantize(source, tmp_path / "out", workers=3, progress=lambda *call: calls.append(call))
     assert counts == [3]

@@ -1,0 +1,164 @@
+"""From one expert's weights to the bytes that are stored of it: a slab.
+
+A slab's work needs numbers only, so that it can be handed to another process.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_rules.errors import SourceError
+from qmoe_rules.formats import Spec
+from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.quantizers import METHODS
+from qmoe_rules.statistics import Statistics
+
+__all__ = ["FileSlice", "Place", "Slab", "SlabWork", "checksum", "quantized_slab", "write_slab"]
+
+Slab = dict[str, npt.NDArray[Any]]
+"""The stored bytes of one expert of one projection, by part."""
+
+
+def quantized_slab(
+    weight: npt.NDArray[np.generic],
+    spec: Spec,
+    layout: str,
+    method: str,
+    statistics: Statistics | None = None,
+) -> Slab:
+    """Quantizes one expert's weights and lays them out.
+
+    Args:
+        weight: [N, K] float32, float16 or bfloat16.
+        spec: The format of the codes and the block size.
+        layout: Name of the order of the stored bytes.
+        method: Name of the quantizer.
+        statistics: What the expert has seen of its inputs, where the method asks for it.
+
+    Returns:
+        Every part of `Spec.parts`, the weights in the layout.
+
+    Raises:
+        SourceError: The weights hold an infinity or a NaN.
+    """
+    quantized = METHODS[method](weight, spec, statistics)
+    slab = quantized.parts()
+    packed = LAYOUTS[layout].store(quantized.packed, spec.format.bits)
+    slab["weights"] = packed.view(slab["weights"].dtype)
+    return slab
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """Where one expert's weights lie in a file.
+
+    Attributes:
+        path: The file.
+        offset: Of the first byte.
+        shape: (N, K).
+        dtype: Of the weights.
+    """
+
+    path: str
+    offset: int
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    def read(self) -> npt.NDArray[np.generic]:
+        """Returns the weights [N, K]."""
+        weight: npt.NDArray[np.generic] = np.fromfile(
+            self.path, self.dtype, self.shape[0] * self.shape[1], offset=self.offset
+        )
+        return weight.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part of a slab goes.
+
+    Attributes:
+        part: The part.
+        file: Name of the data file.
+        offset: Of the first byte.
+        nbytes: Size.
+    """
+
+    part: str
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SlabWork:
+    """One slab to compute and write, with everything that it takes.
+
+    Attributes:
+        source: The weights, or where they lie.
+        spec: The format of the codes and the block size.
+        layout: Name of the order of the stored bytes.
+        method: Name of the quantizer.
+        statistics: What the expert has seen of its inputs, or None.
+        label: What to call the weights in an error.
+    """
+
+    source: npt.NDArray[np.generic] | FileSlice
+    spec: Spec
+    layout: str
+    method: str
+    statistics: Statistics | None
+    label: str
+
+    def compute(self) -> Slab:
+        """Computes every part.
+
+        Raises:
+            SourceError: The weights cannot be read, or hold an infinity or a NaN.
+        """
+        source = self.source
+        try:
+            weight = source.read() if isinstance(source, FileSlice) else source
+            return quantized_slab(weight, self.spec, self.layout, self.method, self.statistics)
+        except SourceError as error:
+            raise SourceError(f"{self.label}: {error}; quantization needs finite weights") from None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.label}: cannot be read: {error}") from error
+
+    def __call__(self, folder: Path, places: tuple[Place, ...]) -> int:
+        """Computes the slab and writes its parts; returns their checksum."""
+        return write_slab(self.compute(), folder, places)
+
+
+def write_slab(slab: Slab, folder: Path, places: tuple[Place, ...]) -> int:
+    """Writes the parts of a slab, each to its own byte range of a file that is there already.
+
+    Returns:
+        The checksum of the bytes, as `checksum` computes it of the files.
+    """
+    crc = 0
+    for place in places:
+        data = np.ascontiguousarray(slab[place.part]).view(np.uint8).reshape(-1).data
+        if data.nbytes != place.nbytes:
+            raise AssertionError(f"{place} is given {data.nbytes} bytes")
+        crc = zlib.crc32(data, crc)
+        with (folder / place.file).open("r+b", buffering=0) as file:
+            file.seek(place.offset)
+            while data:
+                data = data[file.write(data) or 0 :]
+    return crc
+
+
+def checksum(folder: Path, places: tuple[Place, ...]) -> int:
+    """Returns the CRC-32 of the bytes that lie in some places, one after the other."""
+    crc = 0
+    for place in places:
+        with (folder / place.file).open("rb") as file:
+            file.seek(place.offset)
+            crc = zlib.crc32(file.read(place.nbytes), crc)
+    return crc
