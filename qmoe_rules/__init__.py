@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "Calibration",
     "ConfigError",
     "QMoEError",
     "QuantizeMoEPass",
@@ -12,6 +13,9 @@ __all__ = [
     "SourceError",
     "Target",
     "UnsupportedNodeError",
+    "VerificationError",
+    "VerificationReport",
+    "calibrate",
     "fuse_experts_rules",
     "moe_to_qmoe_rules",
     "normalize_moe_rules",
@@ -21,14 +25,17 @@ __all__ = [
     "quantize",
     "relayout_qmoe_rules",
     "save",
+    "verify",
 ]
 
+from qmoe_rules.calibration import calibrate
 from qmoe_rules.errors import (
     ConfigError,
     QMoEError,
     SaveError,
     SourceError,
     UnsupportedNodeError,
+    VerificationError,
 )
 from qmoe_rules.passes import QuantizeMoEPass, prepare
 from qmoe_rules.pipeline import plan, quantize
@@ -42,4 +49,6 @@ from qmoe_rules.rules import (
     relayout_qmoe_rules,
 )
 from qmoe_rules.saving import save
+from qmoe_rules.statistics import Calibration
 from qmoe_rules.targets import Target
+from qmoe_rules.verification import VerificationReport, verify

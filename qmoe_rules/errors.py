@@ -8,6 +8,7 @@ __all__ = [
     "SaveError",
     "SourceError",
     "UnsupportedNodeError",
+    "VerificationError",
 ]
 
 
@@ -29,3 +30,7 @@ class UnsupportedNodeError(QMoEError):
 
 class SaveError(QMoEError, OSError):
     """The destination cannot be written. The source is untouched, and so is the destination."""
+
+
+class VerificationError(QMoEError):
+    """A converted model is not what the float model was; the message says which checks failed."""

@@ -41,6 +41,11 @@ class Extent:
     offset: int
 
     @property
+    def file(self) -> str:
+        """The name of the data file while it is written, whatever its final name will be."""
+        return f"shard-{self.shard}"
+
+    @property
     def end(self) -> int:
         """The offset behind the last byte."""
         return self.offset + self.tensor.nbytes
@@ -89,17 +94,18 @@ def data_names(name: str, count: int, taken: Callable[[str], bool]) -> list[str]
 def is_data_name(data_name: str, name: str) -> bool:
     """Returns whether `data_names` may give a file this name for the model `name`."""
     head, suffixes = _split(f"{name}.data")
-    number, shard = r"(\.\d+)?", r"-\d{5}-of-\d{5}"
+    number, shard = r"\.[0-9]+", r"-[0-9]{5,}-of-[0-9]{5,}"
     patterns = (
-        f"{re.escape(name)}{number}(\\.data|{shard}\\.data)",
-        f"{re.escape(head)}{shard}{re.escape(suffixes)}",
+        rf"{re.escape(name)}({number})?\.data",
+        rf"{re.escape(name)}{number}{shard}\.data",
+        rf"{re.escape(head)}{shard}{re.escape(suffixes)}",
     )
     return any(re.fullmatch(pattern, data_name) for pattern in patterns)
 
 
 def _split(data_name: str) -> tuple[str, str]:
     """Returns a name without the suffixes that begin with a letter, and those suffixes."""
-    found = re.fullmatch(r"(.+?)((?:\.[A-Za-z][A-Za-z0-9_]*)*)", data_name)
+    found = re.fullmatch(r"(.+?)((?:\.[A-Za-z][A-Za-z0-9_]*)*)", data_name, re.DOTALL)
     if found is None:
         raise AssertionError(f"{data_name!r} is no name of a file")
     return found[1], found[2]

@@ -1,14 +1,18 @@
-"""`inspect`: what MoE and QMoE nodes a model holds, whoever wrote it."""
+"""`inspect`: what MoE and QMoE nodes a model holds, and what a provider would make of them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from qmoe_rules import ops
+from qmoe_rules.audit import audit
+from qmoe_rules.errors import ConfigError
+from qmoe_rules.installed import installed
 from qmoe_rules.loading import load, locate
+from qmoe_rules.providers import TARGETS
 from qmoe_rules.report import row_of
 from qmoe_rules.weights import resolve
 
@@ -32,6 +36,12 @@ class NodeSummary:
         activation: The `activation_type`.
         stored: Width, block and layout of a QMoE's weights, or where a MoE's weights come from.
         nbytes: Bytes of the constant expert weights, scales and zero points.
+        verdict: What a target would make of the node: `"right"`, `"computes garbage"`,
+            `"refuses to run"` or `"cannot be known from the file"`; None where none was asked for.
+        reason: Why it is not right, empty where it is; None without a target.
+        remedy: What would mend it, empty where nothing is known to; None without a target.
+        notes: What else its owner should know, of the ONNX Runtime that is installed too; None
+            without a target.
     """
 
     node: str
@@ -44,18 +54,43 @@ class NodeSummary:
     activation: str
     stored: str
     nbytes: int
+    verdict: str | None = None
+    reason: str | None = None
+    remedy: str | None = None
+    notes: tuple[str, ...] | None = None
 
 
-def inspect(source: str | os.PathLike[str]) -> list[NodeSummary]:
+def inspect(source: str | os.PathLike[str], target: str | None = None) -> list[NodeSummary]:
     """Lists the MoE and QMoE nodes of a model, in subgraphs and functions too.
 
     Args:
         source: An .onnx file, or a folder that holds one.
+        target: Where the model shall run, a value of the recipe's `target`: every node is judged
+            by what was measured of its providers. Nothing is judged where it is left out.
 
     Raises:
+        ConfigError: The target is unknown.
         SourceError: The model cannot be used.
+
+    Example:
+        >>> # wrong = [n for n in inspect("model.onnx", "cuda") if n.verdict != "right"]
     """
-    return [_summary(node) for node in ops.nodes(load(locate(source).model), "MoE", "QMoE")]
+    if target is not None and target not in TARGETS:
+        raise ConfigError(f"target={target!r}; it may be {', '.join(map(repr, TARGETS))}")
+    nodes = ops.nodes(load(locate(source).model), "MoE", "QMoE")
+    return [_summary(node) if target is None else _judged(node, target) for node in nodes]
+
+
+def _judged(node: ir.Node, target: str) -> NodeSummary:
+    found, runtime = audit(node, target), installed()
+    remarks = runtime.remarks([node], TARGETS[target]) if runtime else []
+    return replace(
+        _summary(node),
+        verdict=found.verdict,
+        reason=found.reason,
+        remedy=found.remedy,
+        notes=(*found.notes, *remarks),
+    )
 
 
 def _summary(node: ir.Node) -> NodeSummary:

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,12 +22,16 @@ import onnx_ir as ir
 from qmoe_rules.formats import Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.slabs import Slab, SlabWork
+from qmoe_rules.statistics import Statistics
 from qmoe_rules.weights import ExpertWeights
 
 __all__ = ["PlannedTensor", "Projection", "plan_values", "register_beside"]
 
 _MEMO = "qmoe_rules.planned"
 _CACHE_BYTES = 64 << 20
+
+StatisticsOf = Callable[[int], Statistics | None]
+"""What is known of the inputs of an expert, by its index."""
 
 
 class Projection:
@@ -38,15 +42,25 @@ class Projection:
         spec: The format and block size.
         layout: Name of the order of the stored bytes.
         method: Name of the quantizer.
+        statistics: What is known of an expert's inputs, where the method asks for it; equal ones
+            know the same.
     """
 
     _serials = itertools.count()
 
-    def __init__(self, weights: ExpertWeights, spec: Spec, layout: str, method: str) -> None:
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        spec: Spec,
+        layout: str,
+        method: str,
+        statistics: StatisticsOf | None = None,
+    ) -> None:
         self.weights = weights
         self.spec = spec
         self.layout = layout
         self.method = method
+        self.statistics = statistics
         self.serial = next(self._serials)
 
     @property
@@ -77,7 +91,8 @@ class Projection:
         """Returns what it takes to compute one expert."""
         label = f"weight {self.weights.name!r}, expert {expert}"
         weight = self.weights.expert(expert)
-        return SlabWork(weight, self.spec, self.layout, self.method, None, label)
+        known = self.statistics(expert) if self.statistics else None
+        return SlabWork(weight, self.spec, self.layout, self.method, known, label)
 
     def portable_work(self, expert: int) -> SlabWork:
         """Returns the same for another process, which reads the weights from their file itself."""
@@ -107,7 +122,9 @@ class Projection:
         return slab[name]
 
     def __repr__(self) -> str:
-        return f"Projection({self.weights.name!r}, {self.spec}, {self.layout}, {self.method})"
+        known = f", {self.statistics!r}" if self.statistics else ""
+        how = f"{self.spec}, {self.layout}, {self.method}{known}"
+        return f"Projection({self.weights.name!r}, {how})"
 
 
 class PlannedTensor(ir.LazyTensor):
@@ -124,6 +141,11 @@ class PlannedTensor(ir.LazyTensor):
         """Writes the bytes, one expert at a time."""
         for expert in range(self.projection.experts):
             file.write(self.projection.part(self.part, expert).tobytes())
+
+    def __repr__(self) -> str:
+        # The inherited one shows the bound method that computes it, and with it itself again.
+        what = f"{self.part!r} of {self.projection!r}"
+        return f"PlannedTensor<{self.dtype},{self.shape}>({what}, name={self.name!r})"
 
     def _materialize(self) -> ir.TensorProtocol:
         array = np.empty(self.shape.numpy(), self.dtype.numpy())
@@ -186,7 +208,7 @@ def plan_values(source: ir.Value, projection: Projection) -> dict[str, ir.Value]
     Returns:
         The initializers by part, owned by the graph that owns `source`.
     """
-    key = (projection.spec, projection.layout, projection.method)
+    key = (projection.spec, projection.layout, projection.method, projection.statistics)
     tensors = {
         part: PlannedTensor(
             projection, part, f"{source.name}_{'quantized' if part == 'weights' else part}"

@@ -60,6 +60,11 @@ OPTIONS = (
     Option("symmetric", bool, "no zero points: integer codes are centred on zero"),
     Option("method", str, "how codes are chosen (default: rtn)", tuple(METHODS)),
     Option(
+        "calibration",
+        str,
+        "what the experts have seen (see qmoe calibrate), for methods that ask for it",
+    ),
+    Option(
         "layout",
         str,
         "order of the stored bytes (default: raw, or what the target reads of the format)",

@@ -9,15 +9,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from qmoe_rules import ops
+from qmoe_rules.audit import audit
+from qmoe_rules.kernels import RIGHT
 from qmoe_rules.recipe import Recipe
-from qmoe_rules.report import Report, row_of
+from qmoe_rules.report import CONVERTED, SKIPPED, Report, row_of
 from qmoe_rules.rules import (
     apply_rules,
     fuse_experts_rules,
     moe_to_qmoe_rules,
     normalize_moe_rules,
 )
-from qmoe_rules.stored import STORED_LAYOUTS, layout_of, stored_projections
+from qmoe_rules.statistics import Calibration
 
 __all__ = ["QuantizeMoEPass", "prepare"]
 
@@ -60,21 +62,11 @@ def _functions_with_moe(model: ir.Model) -> set[ir.OperatorIdentifier]:
 
 def _audit(node: ir.Node, recipe: Recipe) -> tuple[str, ...]:
     """Returns what is wrong with a QMoE that somebody else made, for the recipe's target."""
-    name, layout = ops.label(node), layout_of(node)
-    if isinstance(layout, str):
-        readings = [stored_projections(node, known) for known in STORED_LAYOUTS]
-        if all(isinstance(reading, str) for reading in readings):
-            return (f"{name}: {readings[0]}",)
-        return (
-            f"{name}: weights_prepacked is not stated, so the CPU provider takes its bytes for raw "
-            "ones and the CUDA provider for packed ones; relayout_qmoe_rules states it",
-        )
-    found = stored_projections(node)
-    if isinstance(found, str):
-        return (f"{name}: {found}",)
-    specs = {projection: stored.spec for projection, stored in found.items()}
-    reason = recipe.provider_target.refuse_storage(specs, layout.name)
-    return (f"{name}: {reason}",) if reason else ()
+    found = audit(node, recipe.target)
+    if found.verdict == RIGHT:
+        return ()
+    mended = f"; {found.remedy}" if found.remedy else ""
+    return (f"{ops.label(node)} {found.verdict}: {found.reason}{mended}",)
 
 
 class QuantizeMoEPass(ir.passes.InPlacePass):
@@ -116,4 +108,19 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
             *moe_to_qmoe_rules(self.recipe, report=self.report),
         ]
         rewritten = apply_rules(model, rules)
+        self._refuse_calibration()
         return ir.passes.PassResult(model, inlined or rewritten)
+
+    def _refuse_calibration(self) -> None:
+        """Raises ConfigError where the recipe's calibration has none of the nodes that were found.
+
+        A node that it lacks is skipped; a file without any is of another model.
+        """
+        calibration = self.recipe.calibration
+        found = [row.node for row in self.report.rows if row.status == SKIPPED]
+        if (
+            isinstance(calibration, Calibration)
+            and not self.report.count(CONVERTED)
+            and calibration.fingerprints.keys().isdisjoint(found)
+        ):
+            calibration.check(dict.fromkeys(found, ""))

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qmoe_rules import ops
+from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
@@ -24,7 +25,7 @@ from qmoe_rules.saving import (
     stage_for,
     write_model,
 )
-from qmoe_rules.staging import Staging, naming_errors, resolved
+from qmoe_rules.staging import HIDDEN, Staging, naming_errors, resolved
 
 __all__ = ["plan", "quantize"]
 
@@ -131,6 +132,9 @@ def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
         logger.warning(
             "pattern %r matches no node; they are %s", pattern, ", ".join(names) or "none"
         )
+    if runtime := installed():
+        for remark in runtime.remarks(ops.nodes(model, "QMoE"), recipe.provider_target):
+            logger.warning("%s", remark)
     report.file_bytes_before = before
     return model, report
 
@@ -155,8 +159,10 @@ def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, targe
         if file.is_symlink() and root not in real.parents:
             logger.warning("%s is not copied: it leads outside %s", file, folder)
             continue
+        # Of this save or of another, under way or killed.
+        hidden = any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts)
         inside_target = target == real or target in real.parents
-        if not file.is_file() or real in model_files or inside_target or stage.path in real.parents:
+        if hidden or not file.is_file() or real in model_files or inside_target:
             continue
         if file.suffix == ".onnx" and _reads_from(file, model_files):
             logger.warning("%s is not copied: it shares data with the model", file)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import itertools
-import re
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,8 +13,10 @@ from typing import Any, cast
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Format, Spec
 from qmoe_rules.layouts import LAYOUTS, Layout
+from qmoe_rules.overrides import OVERRIDABLE, AnyOverride, Override, check_pattern, matches
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
+from qmoe_rules.statistics import Calibration, ProjectionStatistics
 from qmoe_rules.targets import Facts, Specs, Target
 
 __all__ = ["FORMAT_CHOICES", "PROJECTIONS", "WIDTHS", "Override", "Recipe"]
@@ -34,64 +35,10 @@ WIDTHS = tuple(format.bits for format in FORMATS.values() if format.element is N
 PROJECTIONS = ("fc1", "fc2")
 """The projections of a QMoE node that every provider takes."""
 
-_OVERRIDABLE = ("format", "bits", "fc2_bits", "block_size", "symmetric", "method")
+_WITH_HESSIANS = frozenset({"gptq"})
+_WITHOUT_STATISTICS = frozenset({"rtn"})
 # What a format decides where the recipe does not.
 _OF_FORMAT = ("bits", "fc2_bits", "block_size", "layout")
-
-
-@dataclass(frozen=True)
-class Override:
-    """Other settings for the nodes whose name matches.
-
-    Attributes:
-        pattern: A node name, an fnmatch pattern, or `re:` and a regular expression that must
-            match the whole name.
-        settings: (field, value) pairs; the fields are format, bits, fc2_bits, block_size,
-            symmetric and method.
-    """
-
-    pattern: str
-    settings: tuple[tuple[str, Any], ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str):
-            raise ConfigError(f"override pattern {self.pattern!r} is not a string")
-        _check_pattern(self.pattern)
-        if not self.settings:
-            raise ConfigError(f"override for {self.pattern!r} sets nothing")
-        names = [name for name, _ in self.settings]
-        for name in names:
-            if name not in _OVERRIDABLE:
-                raise ConfigError(
-                    f"override for {self.pattern!r} sets {name!r}; it may set "
-                    f"{', '.join(_OVERRIDABLE)}"
-                )
-            if names.count(name) > 1:
-                raise ConfigError(f"override for {self.pattern!r} sets {name!r} twice")
-
-    @classmethod
-    def parse(cls, given: AnyOverride) -> Override:
-        """Reads an override from `("pattern", {"bits": 8})` or from `"pattern:bits=8,method=rtn"`.
-
-        Raises:
-            ConfigError: The override has another form, or sets an unknown field.
-        """
-        if isinstance(given, Override):
-            return given
-        if isinstance(given, str):
-            pattern, _, text = given.rpartition(":")
-            pairs = [item.partition("=") for item in text.split(",")]
-            if pattern and all(name and mark and value for name, mark, value in pairs):
-                return cls(pattern, tuple((name, _value(value)) for name, _, value in pairs))
-        elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
-            return cls(given[0], tuple(given[1].items()))
-        raise ConfigError(
-            f"overrides: {given!r} is neither 'PATTERN:bits=8' nor ('PATTERN', {{'bits': 8}})"
-        )
-
-
-AnyOverride = Override | str | tuple[str, Mapping[str, Any]]
-"""What `Recipe` takes for an override; it keeps an `Override`."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +56,8 @@ class Recipe:
             blocks are square, and where 0 means one scale per expert.
         symmetric: Whether integer codes are centred on zero. Otherwise zero points are stored.
         method: How codes are chosen: `"rtn"`, round to nearest.
+        calibration: What the experts have seen, for methods that ask for it: a `Calibration`, or
+            the file of one.
         layout: Order of the stored bytes. For integers `"raw"`, which every provider reads and
             the default, or `"cutlass_sm80"`, which CUDA reads without repacking at load time. For
             mxfp4 and nvfp4 `"k_packed"` (CPU) or `"n_packed"` (CUDA), as the target reads it.
@@ -119,6 +68,7 @@ class Recipe:
 
     Raises:
         ConfigError: A field is unknown or wrong, or the target takes no node with this recipe.
+        SourceError: The calibration cannot be read.
 
     Example:
         >>> Recipe(bits=4, block_size=32).resolve("/model/layers.0/moe/MoE").block_size
@@ -131,6 +81,7 @@ class Recipe:
     block_size: int | None = None
     symmetric: bool = True
     method: str = "rtn"
+    calibration: Calibration | str | os.PathLike[str] | None = None
     layout: str | None = None
     target: str = "portable"
     nodes_to_exclude: Sequence[str] = ()
@@ -150,6 +101,7 @@ class Recipe:
                 raise ConfigError(reason)
         if self.layout is not None:
             _one_of("layout", self.layout, LAYOUTS)
+        object.__setattr__(self, "calibration", _calibration(self.calibration, self.method))
         object.__setattr__(self, "nodes_to_exclude", _patterns(self.nodes_to_exclude))
         object.__setattr__(self, "overrides", _parsed(self.overrides))
         self._check_storage()
@@ -181,18 +133,18 @@ class Recipe:
 
     def excludes(self, node: str) -> bool:
         """Returns whether the node with this name stays in float."""
-        return any(_matches(pattern, node) for pattern in self.nodes_to_exclude)
+        return any(matches(pattern, node) for pattern in self.nodes_to_exclude)
 
     def unmatched(self, nodes: Iterable[str]) -> list[str]:
         """Returns the patterns that match none of these nodes, which are likely mistyped."""
         names = list(nodes)
         patterns = [*self.nodes_to_exclude, *(override.pattern for override in self._overrides)]
-        return [given for given in patterns if not any(_matches(given, name) for name in names)]
+        return [given for given in patterns if not any(matches(given, name) for name in names)]
 
     def resolve(self, node: str) -> Recipe:
         """Returns the recipe for one node, with the first override that matches applied."""
         for override in self._overrides:
-            if _matches(override.pattern, node):
+            if matches(override.pattern, node):
                 return self._overridden(override)
         return self
 
@@ -202,6 +154,14 @@ class Recipe:
         bits = 4 if self.bits is None else self.bits
         fc2_bits = bits if self.fc2_bits is None else self.fc2_bits
         return {"fc1": self._spec(bits), "fc2": self._spec(fc2_bits)}
+
+    def statistics(self, node: str, projection: str) -> ProjectionStatistics | None:
+        """Returns what is known of a projection's inputs, where the method asks for it."""
+        if not isinstance(self.calibration, Calibration) or self.method in _WITHOUT_STATISTICS:
+            return None
+        return ProjectionStatistics(
+            self.calibration, node, projection, self.method in _WITH_HESSIANS
+        )
 
     @property
     def storage(self) -> Layout:
@@ -247,7 +207,7 @@ class Recipe:
 
     def difference(self, other: Recipe) -> str:
         """Returns the fields of `other` that differ from this recipe's, as they are written."""
-        pairs = [(name, getattr(other, name)) for name in _OVERRIDABLE]
+        pairs = [(name, getattr(other, name)) for name in OVERRIDABLE]
         return ", ".join(f"{name}={v!r}" for name, v in pairs if v != getattr(self, name))
 
     def _neighbours(self) -> Iterator[Recipe]:
@@ -322,6 +282,20 @@ def _one_of(field: str, value: object, allowed: Iterable[object]) -> None:
         raise ConfigError(f"{field}={value!r}; it may be {', '.join(map(repr, choices))}")
 
 
+def _calibration(given: object, method: str) -> Calibration | None:
+    if isinstance(given, (str, os.PathLike)):
+        given = Calibration.load(given)
+    if given is not None and not isinstance(given, Calibration):
+        raise ConfigError(f"calibration={given!r}; it is a Calibration, or the file of one")
+    if method in _WITH_HESSIANS and (given is None or not given.hessian):
+        lacks = "calibration=..." if given is None else f"Hessians, and {given.path} has none"
+        raise ConfigError(
+            f"method={method!r} needs {lacks}; make one with: qmoe calibrate MODEL DATA OUT "
+            "--hessian"
+        )
+    return given
+
+
 def _check_block_size(size: object) -> None:
     is_int = isinstance(size, int) and not isinstance(size, bool)
     if not is_int or (size and (size < 16 or size & (size - 1))):  # type: ignore[operator]
@@ -335,7 +309,7 @@ def _patterns(given: object) -> tuple[str, ...]:
         raise ConfigError(f"nodes_to_exclude={given!r}; it is a sequence of names or patterns")
     patterns = tuple(str(pattern) for pattern in given)
     for pattern in patterns:
-        _check_pattern(pattern)
+        check_pattern(pattern)
     return patterns
 
 
@@ -343,23 +317,3 @@ def _parsed(given: object) -> tuple[Override, ...]:
     if isinstance(given, (str, Override)) or not isinstance(given, Iterable):
         raise ConfigError(f"overrides={given!r}; it is a sequence of overrides")
     return tuple(Override.parse(override) for override in given)
-
-
-def _check_pattern(pattern: str) -> None:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-
-def _value(text: str) -> int | bool | str:
-    if text in ("true", "false"):
-        return text == "true"
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -135,40 +135,35 @@ def write_model(
     """
     options = options or SaveOptions()
     extents = lay_out(model, options.max_shard_size)
+    data = list(dict.fromkeys(extent.file for extent in extents))
     with naming_errors(stage.destination):
-        names = data_names(name, _shards(extents), stage.has)
+        names = data_names(name, len(data), stage.has)
     with standing_in(model, extents, names):
         proto = _serialize(model)
     size = sum(extent.tensor.nbytes for extent in extents) + len(proto)
-    stage.require_space(size - _allocated(stage.unfinished))
+    work = fingerprint(extents, version("qmoe-rules")) if options.resume else "new"
+    folder = stage.unfinished(work)
+    stage.require_space(size - _allocated(folder))
     with naming_errors(stage.destination):
-        if extents:
-            _write_data(extents, names, stage, options)
+        # Before the data, so that between these and their being in place there is nothing to do.
         (stage.path / name).write_bytes(proto)
-    stage.exclusive.update(names)
+        if extents:
+            _write_data(extents, folder, options)
+    stage.exclusive.update({names[i]: folder / file for i, file in enumerate(data)})
     stage.obsolete.extend(_own_data_files(stage.destination / name))
     return size
 
 
-def _write_data(
-    extents: list[Extent], names: list[str], stage: Staging, options: SaveOptions
-) -> None:
-    with ExitStack() as stack:
-        journal = None
-        if options.resume:
-            wanted = fingerprint(extents, names, version("qmoe-rules"))
-            journal = stack.enter_context(Journal(stage.unfinished, wanted))
+def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> None:
+    with Journal(folder) if options.resume else nullcontext() as journal:
         write_data(
             extents,
-            names,
-            stage.unfinished,
+            folder,
             workers=options.workers,
             executor=options.executor,
             journal=journal,
             progress=options.progress,
         )
-        for data_name in names:
-            (stage.unfinished / data_name).rename(stage.path / data_name)
 
 
 def saved_bytes(model: ir.Model) -> int:
@@ -178,13 +173,10 @@ def saved_bytes(model: ir.Model) -> int:
         return sum(extent.tensor.nbytes for extent in extents) + len(_serialize(model))
 
 
-def _shards(extents: list[Extent]) -> int:
-    return extents[-1].shard + 1 if extents else 1
-
-
 def _allocated(folder: Path) -> int:
-    """Returns the bytes of disk that the files in a folder take already."""
-    return sum(file.stat().st_blocks * 512 for file in folder.iterdir() if file.is_file())
+    """Returns the bytes of disk that the files in a folder take already, holes left out."""
+    found = (file.stat() for file in folder.iterdir())
+    return sum(512 * getattr(status, "st_blocks", 0) for status in found)
 
 
 def _serialize(model: ir.Model) -> bytes:

@@ -21,6 +21,8 @@ from qmoe_rules.statistics import Statistics
 
 __all__ = ["FileSlice", "Place", "Slab", "SlabWork", "checksum", "quantized_slab", "write_slab"]
 
+_CHUNK_BYTES = 4 << 20
+
 Slab = dict[str, npt.NDArray[Any]]
 """The stored bytes of one expert of one projection, by part."""
 
@@ -71,10 +73,18 @@ class FileSlice:
     dtype: np.dtype
 
     def read(self) -> npt.NDArray[np.generic]:
-        """Returns the weights [N, K]."""
+        """Returns the weights [N, K].
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file ends before the weights do.
+        """
+        count = self.shape[0] * self.shape[1]
         weight: npt.NDArray[np.generic] = np.fromfile(
-            self.path, self.dtype, self.shape[0] * self.shape[1], offset=self.offset
+            self.path, self.dtype, count, offset=self.offset
         )
+        if weight.size != count:
+            raise ValueError(f"{self.path} ends before the weights do")
         return weight.reshape(self.shape)
 
 
@@ -130,8 +140,17 @@ class SlabWork:
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.label}: cannot be read: {error}") from error
 
-    def __call__(self, folder: Path, places: tuple[Place, ...]) -> int:
-        """Computes the slab and writes its parts; returns their checksum."""
+    def __call__(self, folder: Path, places: tuple[Place, ...], save: str = "") -> int:
+        """Computes the slab and writes its parts.
+
+        Args:
+            folder: Where the data files lie.
+            places: Where in them the parts go.
+            save: A name of the save that asks, so that no two calls are alike.
+
+        Returns:
+            The checksum of the bytes.
+        """
         return write_slab(self.compute(), folder, places)
 
 
@@ -160,5 +179,6 @@ def checksum(folder: Path, places: tuple[Place, ...]) -> int:
     for place in places:
         with (folder / place.file).open("rb") as file:
             file.seek(place.offset)
-            crc = zlib.crc32(file.read(place.nbytes), crc)
+            for start in range(0, place.nbytes, _CHUNK_BYTES):
+                crc = zlib.crc32(file.read(min(_CHUNK_BYTES, place.nbytes - start)), crc)
     return crc

@@ -301,6 +301,11 @@ class SlicedTensor(ir.LazyTensor):
             file.write(self.slices.read(index, index + 1).tobytes())
             self.slices.release(index, index + 1)
 
+    def __repr__(self) -> str:
+        # The inherited one shows the bound method that reads it, and with it itself again.
+        what = type(self.slices).__name__
+        return f"SlicedTensor<{self.dtype},{self.shape}>({what}, name={self.name!r})"
+
     def _materialize(self) -> ir.TensorProtocol:
         array = np.ascontiguousarray(self.slices.read(0, self.slices.shape[0]))
         return ir.Tensor(array, dtype=self.dtype, name=self.name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,12 @@ from types import TracebackType
 from qmoe_rules.errors import QMoEError, SaveError
 from qmoe_rules.report import human_bytes
 
-__all__ = ["Staging", "naming_errors", "resolved"]
+__all__ = ["HIDDEN", "Staging", "naming_errors", "resolved"]
+
+HIDDEN = ".qmoe-"
+"""How the names of hidden folders begin."""
+
+_LOCK = "lock"
 
 
 class Staging:
@@ -22,9 +29,8 @@ class Staging:
     Attributes:
         destination: The folder that the files are for; it need not exist yet.
         path: The hidden folder, on the same disk.
-        unfinished: A folder beside it for files that are still written, which an interrupted save
-            may leave to the next.
-        exclusive: Names of files that must not replace another.
+        exclusive: Files of an `unfinished` folder by the name that they will have in the
+            destination, where they must not replace another.
         obsolete: Files of the destination that `commit` deletes last.
     """
 
@@ -38,9 +44,10 @@ class Staging:
         """
         self.destination = destination
         self._kept_as = kept_as
-        self.exclusive: set[str] = set()
+        self.exclusive: dict[str, Path] = {}
         self.obsolete: list[Path] = []
         self._made: list[Path] = []
+        self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Staging:
         # Beside a folder that does not exist yet, so that it can appear in one rename.
@@ -53,9 +60,8 @@ class Staging:
                 self.path = self._hidden / "files"
                 shutil.rmtree(self.path, ignore_errors=True)
                 self.path.mkdir()  # with ordinary permissions, unlike the one around it
-                self.unfinished = self._hidden / "unfinished"
-                self.unfinished.mkdir(exist_ok=True)
         except BaseException:
+            self._closing.close()
             self._remove_made()
             raise
         return self
@@ -66,14 +72,35 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None or self._kept_as is None:
-            shutil.rmtree(self._hidden, ignore_errors=True)
+        with self._closing:
+            if error is None or self._kept_as is None:
+                shutil.rmtree(self._hidden, ignore_errors=True)
         if error is not None:
             self._remove_made()
+        elif sys.platform == "win32":  # which does not remove a file that is locked
+            with contextlib.suppress(OSError):
+                (self._hidden / _LOCK).unlink()
+                self._hidden.rmdir()
+
+    def unfinished(self, work: str = "new") -> Path:
+        """Returns a folder for files that are still written.
+
+        Args:
+            work: What is written, as a name: what an interrupted save has left of the same work is
+                in the folder, and whatever was left of any other is gone. A worker that goes on
+                after its save has ended writes to the files of its own work, or to none.
+        """
+        folder = self._hidden / "unfinished" / work
+        with naming_errors(self.destination):
+            folder.mkdir(parents=True, exist_ok=True)
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+        return folder
 
     def has(self, name: str) -> bool:
         """Returns whether the destination has a file of this name, or will have it."""
-        return (self.destination / name).exists() or (self.path / name).exists()
+        return os.path.lexists(self.destination / name) or (self.path / name).exists()
 
     def require_space(self, needed: int) -> None:
         """Raises SaveError where the disk has less than `needed` bytes left."""
@@ -88,33 +115,55 @@ class Staging:
         """Moves every file into the destination, the one named `last` at the very end.
 
         Raises:
-            SaveError: A file cannot be put in place; nothing has been moved then.
+            SaveError: A file cannot be put in place, and the one named `last` has not been then.
         """
         with naming_errors(self.destination):
             if not self.destination.exists():
+                for name, file in self.exclusive.items():
+                    file.replace(self.path / name)
                 self.path.rename(self.destination)
                 return
             files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
-            files.sort(key=lambda file: file == self.path / last)
-            moves = [(file, self.destination / file.relative_to(self.path)) for file in files]
-            for _, target in moves:
+            moves = {file: self.destination / file.relative_to(self.path) for file in files}
+            for target in moves.values():
                 self._refuse_obstacle(target)
-            for file, target in moves:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if file.name in self.exclusive:
-                    os.link(file, target)  # fails where another save has taken the name meanwhile
-                    file.unlink()
-                else:
+            final = moves.pop(self.path / last)
+            with contextlib.ExitStack() as undo:
+                for name, file in self.exclusive.items():
+                    self._claim(name, file, undo)
+                for file, target in moves.items():
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(target)
+                # From here on nothing is taken back: the new model may be in place.
+                put_back = undo.pop_all()
+            try:
+                (self.path / last).replace(final)
+            except OSError:
+                put_back.close()
+                raise
         for file in self.obsolete:
             with contextlib.suppress(OSError):
                 file.unlink()
 
+    def _claim(self, name: str, file: Path, undo: contextlib.ExitStack) -> None:
+        """Moves a file to a name of the destination that nobody else has, even by now."""
+        target = self.destination / name
+        try:
+            target.open("xb").close()
+        except FileExistsError:
+            raise SaveError(f"cannot write {target}: another save has written it by now") from None
+        undo.callback(target.unlink, missing_ok=True)
+        file.replace(target)
+        undo.callback(target.replace, file)
+
     def _hide(self, parent: Path) -> Path:
         if self._kept_as is None:
-            return Path(tempfile.mkdtemp(dir=parent, prefix=".qmoe-"))
-        hidden = parent / f".qmoe-resume-{self.destination.name}-{self._kept_as}"
+            return Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
+        named = os.fsencode(self.destination / self._kept_as)
+        hidden = parent / f"{HIDDEN}resume-{hashlib.blake2b(named, digest_size=8).hexdigest()}"
         hidden.mkdir(mode=0o700, exist_ok=True)
+        if not self._closing.enter_context(_locked(hidden / _LOCK)):
+            raise SaveError(f"another process is saving {self.destination / self._kept_as}")
         return hidden
 
     def _refuse_obstacle(self, target: Path) -> None:
@@ -141,6 +190,56 @@ class Staging:
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+_held: dict[Path, object] = {}  # locks are held by processes: this one keeps its saves apart
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds a lock file for a while, and tells whether it does: another may hold it.
+
+    The system lets go of it when this process ends, however it ends, and whatever processes it
+    has started: these do not inherit a lock of this kind.
+    """
+    mine = object()
+    if _held.setdefault(path, mine) is not mine:
+        yield False
+        return
+    try:
+        with path.open("ab") as file:
+            yield _lock(file.fileno()) and _is_still(path, file.fileno())
+    finally:
+        del _held[path]
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Returns whether a path is of an open file: another process may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
 
 def resolved(path: Path) -> Path:

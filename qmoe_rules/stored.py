@@ -37,6 +37,9 @@ _BY_QUANT_TYPE = {
 }
 
 
+_OPTIONAL_PARTS = ("zero_points", "global_scale")
+
+
 @dataclass(frozen=True)
 class StoredProjection:
     """One projection of a QMoE node, as its constants hold it.
@@ -217,17 +220,17 @@ def _projection(node: ir.Node, name: str, source_layout: str | None) -> StoredPr
     layout = layout_of(node, source_layout)
     if isinstance(layout, str):
         raise _NotReadableError(layout)
-    if reason := layout.refuse_format(spec.format):
+    if reason := spec.refuse() or layout.refuse_format(spec.format):
         raise _NotReadableError(reason)
-    sources = {
-        part: value
-        for part in spec.parts(1, 1, np.dtype(np.float32))
-        if (value := given[ops.slot(name, part)]) is not None
-    }
-    slices = {part: _constant(ops.slot(name, part), value) for part, value in sources.items()}
+    slots = {part: ops.slot(name, part) for part in ("weights", "scales", *_OPTIONAL_PARTS)}
+    # fc3 has no slot for a global scale.
+    sources = {part: value for part, slot in slots.items() if (value := given.get(slot))}
+    for part in sources.keys() - spec.parts(1, 1, np.dtype(np.float32)).keys():
+        raise _NotReadableError(f"{slots[part]} is present, and {spec} has none")
+    slices = {part: _constant(slots[part], value) for part, value in sources.items()}
     for part in ("weights", "scales" if spec.has_scales else "global_scale"):
         if part not in slices:
-            raise _NotReadableError(f"{ops.slot(name, part)}: it is missing")
+            raise _NotReadableError(f"{slots[part]}: it is missing")
     shape = _shape(name, slices, spec, layout)
     return StoredProjection(spec, shape, layout, sources, slices)
 

@@ -1,216 +1,179 @@
-"""Targets: what an execution provider's QMoE kernels accept and compute right.
+"""Targets: what an execution provider's MoE and QMoE kernels accept and compute right.
 
-A `Kernel` is what one provider does with one format, a `Provider` is all of its kernels and how
-they route (`providers.py` holds the tables). A `Target` is what a user asks for: one provider, or
-several that must all be right with the same file. A node that a provider would refuse, or worse
-compute wrongly, is never converted.
+A `Kernel` is what one provider does with one format, a `Provider` is all of its kernels
+(`providers.py` holds the tables). A `Target` is what a user asks for: one provider, or several that
+must all be right with the same file. A node that a provider would refuse, or worse compute
+wrongly, is never made; `judge` says of a node that somebody else made what would become of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from qmoe_rules.formats import Spec
+from qmoe_rules.kernels import (
+    GARBAGE,
+    GATED,
+    REFUSED,
+    RIGHT,
+    TRAPS,
+    UNKNOWN,
+    Facts,
+    Fault,
+    Kernel,
+    Specs,
+    Stored,
+    listed,
+    worst,
+)
 
 __all__ = ["GATED", "Facts", "Kernel", "Provider", "Specs", "Target"]
 
-# Activations whose fc1 rows hold a gate and a linear half.
-GATED = frozenset({"geglu", "swiglu"})
-
-Specs = Mapping[str, Spec]
-"""How the projections of a node are stored, by name: fc1 and fc2."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a provider needs to know about one MoE node.
-
-    Attributes:
-        dtype: The activation type, `"float32"`, `"float16"` or `"bfloat16"`.
-        activation: The operator's `activation_type`.
-        fusion: The operator's `swiglu_fusion`.
-        hidden: H, columns of fc1 and rows of fc2.
-        inter: I, columns of fc2.
-        sparse_mixer: Whether `use_sparse_mixer` is set.
-        limit_after_activation: Whether `swiglu_limit_after_activation` is set.
-    """
-
-    dtype: str
-    activation: str
-    fusion: int
-    hidden: int
-    inter: int
-    sparse_mixer: bool = False
-    limit_after_activation: bool = False
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of every projection, gate and up being fused in fc1."""
-        rows = self.inter * (2 if self.activation in GATED else 1)
-        return {"fc1": (rows, self.hidden), "fc2": (self.hidden, self.inter)}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What one provider does with one format.
-
-    Attributes:
-        source: The ONNX Runtime it was measured on, or whose source says so.
-        measured: Whether it was measured.
-        blocks: Block sizes that it takes; 0 is one scale per row (or per expert, for fp8).
-        layouts: Orders of the stored bytes that it reads as they are meant.
-        dtypes: Activation types that it has.
-        activations: Activations that it has.
-        fusions: Values of `swiglu_fusion` that gated activations may have.
-        zero_points: Block sizes with which it reads zero points right.
-        even_blocks: Whether zero points are right only where K / block_size is even.
-        divisor: H and I must be multiples of it.
-        mixed: The other formats that fc2 may have where fc1 has this one.
-        signed: Whether the scales of blocks may be negative.
-        approximate: By block size, how it is less exact than its weights.
-        since: The first ONNX Runtime that has it, where older ones do not load the node.
-    """
-
-    source: str
-    measured: bool
-    blocks: frozenset[int]
-    layouts: frozenset[str]
-    dtypes: frozenset[str]
-    activations: frozenset[str]
-    fusions: frozenset[int]
-    zero_points: frozenset[int] = frozenset()
-    even_blocks: bool = False
-    divisor: int = 1
-    mixed: frozenset[str] = frozenset()
-    signed: bool = True
-    approximate: Mapping[int, str] = field(default_factory=dict)
-    since: str | None = None
+# A node that is refused computes nothing; of several providers, one that computes garbage is worse.
+_IN_ONE = (REFUSED, GARBAGE, UNKNOWN)
+_IN_ALL = (GARBAGE, REFUSED, UNKNOWN)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """The contract of one execution provider's QMoE.
+    """The contract of one execution provider.
 
     Attributes:
         name: The provider, as users say it.
-        kernels: What it does, by name of the format.
+        kernels: What it does with QMoE, by name of the format.
+        mixed: The kernel that takes fc1 and fc2 of different formats, where there is one.
+        mixes: The formats that it takes.
+        moe: What it does with MoE, whose weights are float; None where nothing is known of it.
         is_cpu: Whether it runs what other providers do not take.
-        reads_normalize: Whether `normalize_routing_weights=0` is honoured; where it is not, the
-            routing weights must come in as the input `router_weights`.
+        is_closed: Whether nobody has seen what it does with what the tables lack.
         reads_prepacked: Whether it knows the attribute `weights_prepacked`.
-        sparse_mixer: Whether `use_sparse_mixer=1` is honoured.
-        limit_after_activation: Whether `swiglu_limit_after_activation=1` is honoured.
         wants_limit: Whether `swiglu_limit` must be present, an infinite one for none.
-        falls_back: Activation types without a kernel, which ONNX Runtime hands to the CPU
-            provider: slower, and right only where the CPU provider accepts the same file.
-        newer: By activation, from which ONNX Runtime on it loads.
+        falls_back: Activation types without a QMoE kernel, and the provider that ONNX Runtime hands
+            such nodes to without a word: slower, and right only where that one is.
+        newer: By activation or trap, from which ONNX Runtime on it loads.
     """
 
     name: str
     kernels: Mapping[str, Kernel]
-    reads_normalize: bool
+    mixed: Kernel | None = None
+    mixes: frozenset[str] = frozenset()
+    moe: Kernel | None = None
     is_cpu: bool = False
+    is_closed: bool = False
     reads_prepacked: bool = True
-    sparse_mixer: bool = False
-    limit_after_activation: bool = False
     wants_limit: bool = False
-    falls_back: frozenset[str] = frozenset()
+    falls_back: Mapping[str, Provider] = field(default_factory=dict)
     newer: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads_normalize(self) -> bool:
+        """Whether `normalize_routing_weights=0` is honoured by every QMoE kernel.
+
+        Where it is not, the routing weights must come in as the input `router_weights`.
+        """
+        return all(kernel.outcomes.get("normalize") == RIGHT for kernel in self.kernels.values())
 
     def refuse_specs(self, specs: Specs) -> str | None:
         """Returns why no node could be stored so, or None."""
-        return _first(self._refuse_spec(spec) for spec in specs.values()) or self._mixed(specs)
+        return _reason(self._spec_faults(specs))
 
     def refuse_layout(self, layout: str, specs: Specs) -> str | None:
         """Returns why the kernel would misread `layout`, or None."""
-        read = self.kernels[specs["fc1"].format.name].layouts
-        if specs["fc1"].format != specs["fc2"].format:
-            read &= {"raw"}  # widths are mixed in raw bytes only
+        kernel = self.kernel(specs)
+        read = kernel.layouts if kernel else frozenset()
         if layout not in read:
-            return f"{self.name} misreads layout {layout!r} (it reads {_listed(read)})"
+            return f"{self.name} misreads layout {layout!r} (it reads {listed(read)})"
         return None
 
     def refuse(self, facts: Facts, specs: Specs) -> str | None:
         """Returns why a node with these facts, stored so, would not run right, or None."""
-        return _first(
-            refusal
-            for name, spec in specs.items()
-            for refusal in (
-                self._refuse_facts(facts, self.kernels[spec.format.name], spec),
-                self._refuse_odd_blocks(facts.shapes[name][1], spec),
-            )
-        ) or self._refuse_routing(facts)
+        return _reason(self._node_faults(facts, specs))
 
-    def _refuse_spec(self, spec: Spec) -> str | None:
-        name, kernel = spec.format.name, self.kernels.get(spec.format.name)
+    def judge(self, facts: Facts, stored: Stored | None) -> Fault | None:
+        """Returns what is worst with a node that is there, or None where it runs right.
+
+        Args:
+            facts: The node.
+            stored: How a QMoE's weights lie in the file; None for a MoE.
+        """
+        if stored is None:
+            return self._worst(self._float_faults(facts))
+        if facts.dtype in self.falls_back:
+            return self.falls_back[facts.dtype].judge(facts, stored)
+        fault, kernel = self._worst(self._faults(facts, stored)), self.kernel(stored.specs)
+        if kernel is None or kernel.packed is None or stored.prepacked != 1:
+            return fault
+        later = self._worst(self._faults(facts, stored, packed=True))
+        return _either(fault, later, str(kernel.packed.since))
+
+    def kernel(self, specs: Specs, packed: bool = False) -> Kernel | None:
+        """Returns the kernel that takes projections stored so, or None.
+
+        Args:
+            specs: How they are stored.
+            packed: Whether to return the one for `weights_prepacked=1`, where it is another.
+        """
+        names = {spec.format.name for spec in specs.values()}
+        if len(names) > 1:
+            return self.mixed if names <= self.mixes else None
+        found = self.kernels.get(*names)
+        return found.packed if found and found.packed and packed else found
+
+    def _worst(self, faults: Iterable[Fault]) -> Fault | None:
+        return worst(map(_doubted, faults) if self.is_closed else faults, _IN_ONE)
+
+    def _faults(self, facts: Facts, stored: Stored, packed: bool = False) -> Iterator[Fault]:
+        yield from self._spec_faults(stored.specs, packed)
+        yield from self._node_faults(facts, stored.specs, packed)
+        kernel = self.kernel(stored.specs, packed)
         if kernel is None:
-            return f"{self.name} has no kernel for {name}"
-        if spec.block_size not in kernel.blocks:
-            return (
-                f"{self.name} does not take block_size={spec.block_size} with {name} "
-                f"(it takes {_listed(kernel.blocks)})"
-            )
-        if not spec.symmetric and not kernel.zero_points:
-            return f"{self.name} takes no zero points with {name}"
-        if not spec.symmetric and spec.block_size not in kernel.zero_points:
-            return (
-                f"{self.name} takes no zero points with {name} and block_size={spec.block_size} "
-                f"(it does with {_listed(kernel.zero_points)})"
-            )
-        return None
+            return
+        yield from self._named(kernel.layout_faults(stored))
+        for name, spec in stored.specs.items():
+            yield from self._named(kernel.partial_faults(facts.shapes[name][1], spec))
+        if not facts.scales <= kernel.scales:
+            yield from self._named(kernel.trap_faults(["scale_type"]))
+        if self.wants_limit and not facts.limited:
+            yield Fault(REFUSED, f"{self.name} wants swiglu_limit to be present", "swiglu_limit")
 
-    def _mixed(self, specs: Specs) -> str | None:
+    def _spec_faults(self, specs: Specs, packed: bool = False) -> Iterator[Fault]:
+        kernel = self.kernel(specs, packed)
+        if kernel is not None:
+            for spec in specs.values():
+                yield from self._named(kernel.spec_faults(spec, _called(specs)))
+            return
+        unknown = [
+            spec.format.name for spec in specs.values() if spec.format.name not in self.kernels
+        ]
         fc1, fc2 = specs["fc1"].format.name, specs["fc2"].format.name
-        if fc1 == fc2 or fc2 in self.kernels[fc1].mixed:
-            return None
-        return f"{self.name} does not take {fc1} in fc1 and {fc2} in fc2"
-
-    def _refuse_facts(self, facts: Facts, kernel: Kernel, spec: Spec) -> str | None:
-        name = "" if spec.format.quant_type == "int" else f" {spec.format.name}"
-        if spec.format.bits == 3:
-            name = " int3"
-        if facts.dtype not in kernel.dtypes:
-            return (
-                f"{self.name} has no {facts.dtype}{name} kernel (it has {_listed(kernel.dtypes)})"
-            )
-        if facts.activation not in kernel.activations:
-            return (
-                f"{self.name} has no{name} kernel for activation {facts.activation!r} "
-                f"(it has {_listed(kernel.activations)})"
-            )
-        if facts.activation not in GATED and facts.fusion:
-            return (
-                f"{self.name} has no gate to fuse with activation {facts.activation!r} and "
-                f"swiglu_fusion={facts.fusion}"
-            )
-        if facts.activation in GATED and facts.fusion not in kernel.fusions:
-            return (
-                f"{self.name} does not take swiglu_fusion={facts.fusion} "
-                f"(it takes {_listed(kernel.fusions)})"
-            )
-        if facts.hidden % kernel.divisor or facts.inter % kernel.divisor:
-            return (
-                f"{self.name} needs hidden and inter sizes divisible by {kernel.divisor}, and they "
-                f"are {facts.hidden} and {facts.inter}"
-            )
-        return None
-
-    def _refuse_odd_blocks(self, columns: int, spec: Spec) -> str | None:
-        odd = spec.block_size and spec.blocks(columns) % 2
-        if spec.symmetric or not odd or not self.kernels[spec.format.name].even_blocks:
-            return None
-        return (
-            f"{self.name} misreads the zero points of an odd number of blocks, and K={columns} has "
-            f"{spec.blocks(columns)} of block_size={spec.block_size}"
+        lacking = (
+            f"has no kernel for {unknown[0]}"
+            if unknown
+            else (f"does not take {fc1} in fc1 and {fc2} in fc2")
         )
+        yield Fault(REFUSED, f"{self.name} {lacking}", "storage")
 
-    def _refuse_routing(self, facts: Facts) -> str | None:
-        if facts.sparse_mixer and not self.sparse_mixer:
-            return f"{self.name} ignores use_sparse_mixer=1 and would route differently"
-        if facts.limit_after_activation and not self.limit_after_activation:
-            return f"{self.name} does not honour swiglu_limit_after_activation=1"
-        return None
+    def _node_faults(self, facts: Facts, specs: Specs, packed: bool = False) -> Iterator[Fault]:
+        kernel = self.kernel(specs, packed)
+        if kernel is None:
+            return
+        for name, spec in specs.items():
+            found = kernel.node_faults(facts, _called(specs), _label(spec))
+            yield from self._named(found)
+            yield from self._named(kernel.column_faults(facts.shapes[name][1], spec))
+        yield from self._named(kernel.trap_faults(facts.traps))
+
+    def _float_faults(self, facts: Facts) -> Iterator[Fault]:
+        if self.moe is None:
+            yield Fault(UNKNOWN, f"what {self.name} does with MoE is not known", "type")
+            return
+        yield from self._named(self.moe.node_faults(facts, "MoE"))
+        yield from self._named(self.moe.trap_faults(facts.traps))
+
+    def _named(self, faults: Iterable[Fault]) -> Iterator[Fault]:
+        for fault in faults:
+            yield replace(fault, reason=f"{self.name} {fault.reason}")
 
 
 @dataclass(frozen=True)
@@ -260,36 +223,79 @@ class Target:
         asked = (p for p in self.providers if not (on_cpu and facts.dtype in p.falls_back))
         return _first(provider.refuse(facts, specs) for provider in asked)
 
+    def judge(self, facts: Facts, stored: Stored | None) -> Fault | None:
+        """Returns what is worst with a node that is there, or None where it runs right.
+
+        Args:
+            facts: The node.
+            stored: How a QMoE's weights lie in the file; None for a MoE.
+        """
+        return worst((provider.judge(facts, stored) for provider in self.providers), _IN_ALL)
+
     def warnings(self, facts: Facts, specs: Specs) -> tuple[str, ...]:
-        """Returns what the owner of a converted node should know about the providers."""
+        """Returns what the owner of a node should know about the providers.
+
+        Args:
+            facts: The node.
+            specs: How it is stored; empty for a MoE.
+        """
         warnings: dict[str, None] = {}
         for provider in self.providers:
-            for spec in specs.values():
-                kernel = provider.kernels[spec.format.name]
-                if spec.block_size in kernel.approximate:
-                    warnings[f"{provider.name} {kernel.approximate[spec.block_size]}"] = None
-                if not kernel.measured:
-                    warnings[f"{provider.name}: {kernel.source}; not measured"] = None
-                if kernel.since:
-                    warnings[
-                        f"{provider.name} loads {spec.format.name} from ONNX Runtime "
-                        f"{kernel.since} on"
-                    ] = None
-            if facts.dtype in provider.falls_back:
+            kernel = provider.kernel(specs) if specs else provider.moe
+            for size in {spec.block_size: None for spec in specs.values()}:
+                if kernel and size in kernel.approximate:
+                    warnings[f"{provider.name} {kernel.approximate[size]}"] = None
+            if kernel and not kernel.measured:
+                warnings[f"{provider.name}: {kernel.source}; not measured"] = None
+            if kernel and kernel.since:
+                warnings[
+                    f"{provider.name} loads {_called(specs) or 'MoE'} from ONNX Runtime "
+                    f"{kernel.since} on"
+                ] = None
+            if specs and facts.dtype in provider.falls_back:
                 warnings[
                     f"{provider.name} has no {facts.dtype} kernel: ONNX Runtime runs such nodes on "
                     "the CPU"
                 ] = None
-            if facts.activation in provider.newer:
-                oldest = provider.newer[facts.activation]
-                warnings[
-                    f"{provider.name} loads {facts.activation} from ONNX Runtime {oldest} on"
-                ] = None
+            for wish in sorted({facts.activation, *facts.traps} & provider.newer.keys()):
+                what = TRAPS[wish].what if wish in TRAPS else wish
+                oldest = provider.newer[wish]
+                warnings[f"{provider.name} loads {what} from ONNX Runtime {oldest} on"] = None
         return tuple(warnings)
 
 
-def _listed(values: frozenset[int] | frozenset[str]) -> str:
-    return ", ".join(str(value) for value in sorted(values))
+def _doubted(fault: Fault) -> Fault:
+    """Returns what is to be thought of a refusal that nobody has seen."""
+    if fault.verdict != REFUSED:
+        return fault
+    return replace(fault, verdict=UNKNOWN, reason=f"{fault.reason}, as far as is known")
+
+
+def _either(before: Fault | None, later: Fault | None, since: str) -> Fault | None:
+    """Returns what is wrong with a node that versions of a provider treat differently."""
+    fault = worst((before, later), _IN_ALL)
+    if fault is None:
+        return None
+    verdict = fault.verdict if before and later else UNKNOWN
+    texts = [found.reason if found else "it is right" for found in (before, later)]
+    reason = f"before ONNX Runtime {since}, {texts[0]}; from then on, {texts[1]}"
+    return Fault(verdict, reason, "layout")
+
+
+def _called(specs: Specs) -> str:
+    """Returns the formats in words."""
+    return " and ".join(dict.fromkeys(spec.format.name for spec in specs.values()))
+
+
+def _label(spec: Spec) -> str:
+    """Returns the format of a kernel in words, where it is not an ordinary one."""
+    plain = spec.format.quant_type == "int" and spec.format.bits != 3
+    return "" if plain else f" {spec.format.name}"
+
+
+def _reason(faults: Iterator[Fault]) -> str | None:
+    fault = next(faults, None)
+    return fault.reason if fault else None
 
 
 def _first(reasons: Iterable[str | None]) -> str | None:

@@ -7,16 +7,18 @@ slabs are computed in any order, by threads or by any executor's workers: the by
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
+    CancelledError,
     Executor,
     Future,
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,11 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from qmoe_rules import files
-from qmoe_rules.errors import QMoEError, SaveError, SourceError
+from qmoe_rules.errors import SaveError, SourceError
 from qmoe_rules.extents import Extent
 from qmoe_rules.journal import Journal
 from qmoe_rules.lazy import PlannedTensor, Projection
-from qmoe_rules.slabs import Place, write_slab
+from qmoe_rules.slabs import FileSlice, Place, write_slab
 
 __all__ = ["Progress", "processors", "write_data"]
 
@@ -42,7 +44,6 @@ _AHEAD = 2
 
 def write_data(
     extents: Sequence[Extent],
-    names: Sequence[str],
     folder: Path,
     *,
     workers: int | None = None,
@@ -50,14 +51,13 @@ def write_data(
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes every byte range of the data files.
+    """Writes every byte range of the data files, which are named as `Extent.file` says.
 
     Args:
         extents: Where every tensor goes.
-        names: Names of the data files.
-        folder: Where they are written.
-        workers: Threads, or the slabs under way in the executor; all processors where it is left
-            out.
+        folder: Where the files are written.
+        workers: Threads, or how many of the executor's workers are kept busy; all processors where
+            it is left out.
         executor: Who computes and writes slabs, in place of threads of this process. Its workers
             see the same `folder`.
         journal: Knows which slabs are written already, and is told of every other.
@@ -66,9 +66,10 @@ def write_data(
     Raises:
         SourceError: A weight cannot be read, or is not finite.
         SaveError: A worker died.
+        OSError: The files cannot be written.
     """
-    for name, size in _sizes(extents, names).items():
-        with (folder / name).open("r+b" if journal and (folder / name).exists() else "wb") as file:
+    for name, size in {extent.file: extent.end for extent in extents}.items():
+        with (folder / name).open("ab") as file:
             file.truncate(size)
     total, done = sum(extent.tensor.nbytes for extent in extents), 0
     workers = workers or processors()
@@ -76,7 +77,7 @@ def write_data(
         stack.callback(files.forget)
         threads = ThreadPoolExecutor(workers)
         stack.callback(threads.shutdown, cancel_futures=True)
-        tasks = _tasks(extents, names, folder, threads, executor, journal)
+        tasks = _tasks(extents, folder, threads, executor, journal)
         for written in _in_flight(tasks, workers * _AHEAD):
             done += written
             if progress is not None:
@@ -92,7 +93,10 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """A piece of work: how it begins, how many bytes it writes, and what to do when it is done."""
+    """A piece of work: how it begins, how many bytes it writes, and what to do when it is done.
+
+    It begins with None where it has been done before.
+    """
 
     begin: Callable[[], Future[int]] | None
     nbytes: int
@@ -101,7 +105,6 @@ class _Work:
 
 def _tasks(
     extents: Sequence[Extent],
-    names: Sequence[str],
     folder: Path,
     threads: ThreadPoolExecutor,
     executor: Executor | None,
@@ -113,37 +116,43 @@ def _tasks(
         if isinstance(extent.tensor, PlannedTensor):
             planned.setdefault(extent.tensor.projection, []).append(extent)
         else:
-            copy = _Copy(extent, folder / names[extent.shard])
+            copy = _Copy(extent, folder / extent.file)
             yield _Work(partial(threads.submit, copy), extent.tensor.nbytes, _ignore)
+    save = uuid.uuid4().hex
     for projection, parts in planned.items():
         for expert in range(projection.experts):
-            places = _places(projection, expert, parts, names)
-            nbytes = sum(place.nbytes for place in places)
-            if journal is not None and journal.has(places):
+            slab = _PlannedSlab(projection, expert, folder, _places(projection, expert, parts))
+            nbytes = sum(place.nbytes for place in slab.places)
+            if journal is not None and journal.has(slab.places):
                 yield _Work(None, nbytes, _ignore)
                 continue
-            finish = _ignore if journal is None else _recorder(journal, places)
-            begin = _beginning(projection, expert, folder, places, threads, executor)
-            yield _Work(begin, nbytes, finish)
+            finish = _ignore if journal is None else partial(journal.record, slab.places)
+            if executor is None:
+                yield _Work(partial(threads.submit, slab), nbytes, finish)
+            else:
+                yield _Work(partial(slab.send, executor, save), nbytes, finish)
 
 
-def _beginning(
-    projection: Projection,
-    expert: int,
-    folder: Path,
-    places: tuple[Place, ...],
-    threads: ThreadPoolExecutor,
-    executor: Executor | None,
-) -> Callable[[], Future[int]]:
-    if executor is None:
-        return partial(threads.submit, _write_here, projection, expert, folder, places)
-    return lambda: executor.submit(projection.portable_work(expert), folder, places)
+@dataclass(frozen=True)
+class _PlannedSlab:
+    """One expert of a projection, and where it goes."""
 
+    projection: Projection
+    expert: int
+    folder: Path
+    places: tuple[Place, ...]
 
-def _write_here(
-    projection: Projection, expert: int, folder: Path, places: tuple[Place, ...]
-) -> int:
-    return write_slab(projection.slab(expert), folder, places)
+    def __call__(self) -> int:
+        """Computes and writes the slab here; returns its checksum."""
+        return write_slab(self.projection.slab(self.expert), self.folder, self.places)
+
+    def send(self, executor: Executor, save: str) -> Future[int]:
+        """Lets an executor do it. Those that remember results, as Dask's, tell saves apart."""
+        work = self.projection.portable_work(self.expert)
+        future = executor.submit(work, self.folder, self.places, save)
+        if not isinstance(work.source, FileSlice):
+            future.add_done_callback(lambda _: self.projection.weights.release(self.expert))
+        return future
 
 
 def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
@@ -156,69 +165,53 @@ def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
                 continue
             if len(pending) >= limit:
                 yield from _finished(pending)
-            pending[_begun(work)] = work
+            with _naming_lost_workers():
+                pending[work.begin()] = work
         while pending:
             yield from _finished(pending)
     finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
-
-
-def _begun(work: _Work) -> Future[int]:
-    if work.begin is None:
-        raise AssertionError("there is nothing to begin")
-    try:
-        return work.begin()
-    except BrokenExecutor as error:
-        raise _dead_worker(error) from error
+        wait([future for future in pending if not future.cancel()])
+        for future, work in pending.items():  # what is done is done, whatever has gone wrong
+            if not future.cancelled() and future.done() and future.exception() is None:
+                work.finish(future.result())
 
 
 def _finished(pending: dict[Future[int], _Work]) -> Iterator[int]:
     """Yields the bytes of the work that is done, after waiting for some."""
     for future in wait(pending, return_when=FIRST_COMPLETED).done:
         work = pending.pop(future)
-        try:
+        with _naming_lost_workers():
             work.finish(future.result())
-        except BrokenExecutor as error:
-            raise _dead_worker(error) from error
-        except (QMoEError, OSError):
-            raise
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] == "distributed":
-                raise _dead_worker(error) from error
-            raise
         yield work.nbytes
 
 
-def _dead_worker(error: BaseException) -> SaveError:
-    return SaveError(f"a worker died or was lost while it computed a slab: {error}")
+@contextmanager
+def _naming_lost_workers() -> Iterator[None]:
+    """Turns what executors say of a worker that is gone into an error of the save."""
+    try:
+        yield
+    except Exception as error:
+        # What Dask says of a worker that dies again and again has no base but Exception.
+        lost = isinstance(error, (BrokenExecutor, CancelledError))
+        if not lost and type(error).__name__ != "KilledWorker":
+            raise
+        reason = str(error) or type(error).__name__
+        raise SaveError(f"a worker was lost before it had written a slab: {reason}") from error
 
 
-def _places(
-    projection: Projection, expert: int, parts: Sequence[Extent], names: Sequence[str]
-) -> tuple[Place, ...]:
+def _places(projection: Projection, expert: int, parts: Sequence[Extent]) -> tuple[Place, ...]:
     places = []
     for extent in parts:
         if not isinstance(extent.tensor, PlannedTensor):
             raise AssertionError(f"{extent.value.name} is not planned")
         part = extent.tensor.part
         nbytes = projection.slab_nbytes(part)
-        offset = extent.offset + expert * nbytes
-        places.append(Place(part, names[extent.shard], offset, nbytes))
+        places.append(Place(part, extent.file, extent.offset + expert * nbytes, nbytes))
     return tuple(places)
-
-
-def _recorder(journal: Journal, places: tuple[Place, ...]) -> Callable[[int], None]:
-    return lambda crc: journal.record(places, crc)
 
 
 def _ignore(_result: int) -> None:
     pass
-
-
-def _sizes(extents: Sequence[Extent], names: Sequence[str]) -> dict[str, int]:
-    return {names[extent.shard]: extent.offset + extent.tensor.nbytes for extent in extents}
 
 
 @dataclass(frozen=True)

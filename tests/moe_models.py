@@ -18,7 +18,9 @@ import onnxruntime as ort
 
 from qmoe_rules import ops, reference
 from qmoe_rules.formats import Spec
+from qmoe_rules.quantizers.floats import float_rtn
 from qmoe_rules.quantizers.rtn import rtn_numpy
+from qmoe_rules.targets import Specs
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -292,16 +294,24 @@ def relative_error(actual: Array, expected: Array) -> float:
 
 
 def quantized(weight: Array, spec: Spec) -> Array:
-    """Returns what [E, N, K] weights mean after round-to-nearest, by the plain numpy quantizer."""
-    return np.stack([rtn_numpy(expert, spec).dequantize() for expert in weight])
+    """Returns what [E, N, K] weights mean after round-to-nearest, by the plain numpy quantizers."""
+    quantize = rtn_numpy if spec.format.element is None else float_rtn
+    return np.stack([quantize(expert, spec).dequantize() for expert in weight])
 
 
 def expected(
-    arrays: Mapping[str, Array], feeds: Mapping[str, Array], spec: Spec | None, **attributes: Any
+    arrays: Mapping[str, Array],
+    feeds: Mapping[str, Array],
+    spec: Spec | Specs | None,
+    **attributes: Any,
 ) -> Array:
-    """Returns what a MoE computes in float64, on quantized weights where `spec` is given."""
+    """Returns what a MoE computes in float64, on quantized weights where `spec` is given.
+
+    One spec stands for both projections.
+    """
+    specs = {"fc1": spec, "fc2": spec} if isinstance(spec, Spec) else spec or {}
     real: dict[str, Any] = {
-        name: quantized(array, spec) if spec and name in ("fc1", "fc2") else array
+        name: quantized(array, specs[name]) if name in specs else array
         for name, array in arrays.items()
     }
     return reference.moe(feeds["x"], feeds["router_probs"], **real, **attributes)

@@ -110,32 +110,39 @@ class Codes:
     def _drawn(
         self, rng: np.random.Generator, size: tuple[int, int, int], spec: Spec
     ) -> QuantizedWeights:
-        format, (experts, n, k) = spec.format, size
-        top = format.max_code
+        top, (experts, n, k) = spec.format.max_code, size
         codes = rng.integers(0, top, size, np.uint8, endpoint=True)
         shape = (experts, *spec.scales_shape(n, k))
-        spread = rng.uniform(0.5, 1.5, shape)
-        if format.element is None:
-            signed = rng.choice([-1, 1], shape) * spread / (top * k**0.5)
-            points = rng.integers(0, top, shape, np.uint8, endpoint=True)
-            return QuantizedWeights(
-                pack(codes, format.bits),
-                signed.astype(self.experts.dtype),
-                spec,
-                points if self.zero_points else None,
-            )
-        if format.bits == 8:
-            codes[codes & 0x7F == 0x7F] = 0x7E  # no NaN
-        factor = (rng.uniform(0.5, 1.5, experts) / (format.max_value * k**0.5)).astype(np.float32)
-        scales = np.exp2(np.rint(spread)) if format.scale and format.name == "mxfp4" else spread
-        if not format.global_scale:
-            scales = scales * factor.reshape(experts, *[1] * (spread.ndim - 1))
+        if spec.format.element is not None:
+            return _floating(rng, codes, shape, spec)
+        scales = rng.choice([-1, 1], shape) * rng.uniform(0.5, 1.5, shape) / (top * k**0.5)
+        points = rng.integers(0, top, shape, np.uint8, endpoint=True)
         return QuantizedWeights(
-            pack(codes, format.bits),
-            scales.astype(format.scale),
+            pack(codes, spec.format.bits),
+            scales.astype(self.experts.dtype),
             spec,
-            global_scale=factor if format.global_scale else None,
+            points if self.zero_points else None,
         )
+
+
+def _floating(
+    rng: np.random.Generator, codes: Array, shape: tuple[int, ...], spec: Spec
+) -> QuantizedWeights:
+    """Returns weights of floating-point codes with random scales."""
+    format, (experts, _, k) = spec.format, codes.shape
+    if format.bits == 8:
+        codes[codes & 0x7F == 0x7F] = 0x7E  # no NaN
+    unit = 1 / (format.max_value * k**0.5)
+    scales: Array = rng.uniform(0.5, 1.5, shape)
+    if format.name == "mxfp4":
+        scales = np.exp2(rng.integers(-1, 1, shape, endpoint=True))
+    factor = (unit * rng.uniform(0.5, 1.5, experts)).astype(np.float32)
+    return QuantizedWeights(
+        pack(codes, format.bits),
+        (scales if format.global_scale else unit * scales).astype(format.scale),
+        spec,
+        global_scale=factor if format.global_scale else None,
+    )
 
 
 def append(

@@ -96,8 +96,8 @@ class TestExported:
             quantize_exported("model.onnx")  # type: ignore[call-overload]
 
     def test_a_wrong_recipe_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="bits=3"):
-            quantize_exported(layers(1), bits=3)
+        with pytest.raises(ConfigError, match="bits=5"):
+            quantize_exported(layers(1), bits=5)
 
     def test_the_example(self, clone: Path) -> None:
         exec(example("A model in memory"), {})

@@ -25,14 +25,31 @@ NUMBERS = (
     "statistics",
     "quantizers",
     "layouts",
+    "kernels",
     "targets",
     "providers",
     "slabs",
+    "overrides",
     "recipe",
+    "remedies",
     "options",
 )
-GRAPHS = ("ops", "files", "slices", "weights", "lazy", "stored", "report", "rules", "passes")
+GRAPHS = (
+    "ops",
+    "files",
+    "slices",
+    "weights",
+    "facts",
+    "fingerprints",
+    "lazy",
+    "stored",
+    "report",
+    "audit",
+    "rules",
+    "passes",
+)
 EDGES = (
+    "installed",
     "extents",
     "journal",
     "writing",
@@ -42,10 +59,13 @@ EDGES = (
     "pipeline",
     "inspection",
     "reference",
+    "feeds",
+    "calibration",
+    "verification",
 )
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "integrations", "cli", "__init__", "__main__")
 
-LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich")
+LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich", "safetensors")
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,40 @@ from qmoe_rules import lazy
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.layouts import LAYOUTS
-from qmoe_rules.lazy import PARTS, PlannedTensor, Projection, plan_values
+from qmoe_rules.lazy import PlannedTensor, Projection, plan_values
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers import METHODS
+from qmoe_rules.quantizers.floats import float_rtn
 from qmoe_rules.quantizers.rtn import rtn_numpy
 from qmoe_rules.rules import moe_to_qmoe_rules
+from qmoe_rules.slabs import Slab
+from qmoe_rules.statistics import Statistics
 from qmoe_rules.weights import ExpertWeights
 from tests.moe_models import Array, Experts, Graph, layers, single
 
 FOUR = Spec(FORMATS["int4"], 32)
 SHAPE = (3, 32, 128)
+PARTS = ("weights", "scales")
+# (spec, layout) of every format, with zero points and without.
+STORED = [
+    *(
+        (Spec(FORMATS[f"int{bits}"], block), layout)
+        for bits, block in ((4, 0), (4, 32), (8, 0), (8, 64), (2, 16))
+        for layout in ("raw", "cutlass_sm80")
+    ),
+    (Spec(FORMATS["int3"], 32, signed=False), "raw"),
+    *(
+        (Spec(FORMATS[f"int{bits}"], block, symmetric=False), "raw")
+        for bits, block in ((2, 0), (4, 0), (4, 128), (8, 32))
+    ),
+    *((Spec(FORMATS["mxfp4"], 32), layout) for layout in ("n_packed", "k_packed")),
+    *((Spec(FORMATS["nvfp4"], 16), layout) for layout in ("n_packed", "k_packed")),
+    (Spec(FORMATS["fp8"], 128), "raw"),
+    (Spec(FORMATS["fp8"]), "raw"),
+]
+each_storage = pytest.mark.parametrize(
+    ("spec", "layout"), STORED, ids=[f"{spec}, {layout}" for spec, layout in STORED]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +69,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all weights that the quantizer was given."""
     quantizer, calls = METHODS["rtn"], list[tuple[int, ...]]()
 
-    def counted(weight: Array, spec: Spec) -> QuantizedWeights:
+    def counted(
+        weight: Array, spec: Spec, statistics: Statistics | None = None
+    ) -> QuantizedWeights:
         calls.append(weight.shape)
-        return quantizer(weight, spec)
+        return quantizer(weight, spec, statistics)
 
     monkeypatch.setitem(METHODS, "rtn", counted)
     return calls
@@ -62,17 +88,19 @@ def projection_of(array: Array, spec: Spec = FOUR, layout: str = "raw") -> Proje
 
 
 def tensors_of(projection: Projection) -> dict[str, PlannedTensor]:
-    return {part: PlannedTensor(projection, part, f"fc1_{part}") for part in PARTS}
+    return {part: PlannedTensor(projection, part, f"fc1_{part}") for part in projection.parts}
 
 
 def stored_bytes(array: Array, spec: Spec, layout: str) -> dict[str, bytes]:
-    """Returns what must be stored, by the plain numpy quantizer."""
-    experts = [rtn_numpy(expert, spec) for expert in array]
-    store = LAYOUTS[layout].store
-    return {
-        "weights": b"".join(store(e.packed, spec.format.bits).tobytes() for e in experts),
-        "scales": b"".join(e.scales.tobytes() for e in experts),
-    }
+    """Returns what must be stored, by the plain numpy quantizers."""
+    quantize = rtn_numpy if spec.format.element is None else float_rtn
+    stored: dict[str, bytes] = {}
+    for expert in array:
+        quantized = quantize(expert, spec)
+        parts = quantized.parts()
+        parts["weights"] = LAYOUTS[layout].store(quantized.packed, spec.format.bits)
+        stored = {part: stored.get(part, b"") + parts[part].tobytes() for part in parts}
+    return stored
 
 
 def by_tofile(tensor: PlannedTensor) -> bytes:
@@ -89,17 +117,27 @@ WAYS: dict[str, Callable[[PlannedTensor], bytes]] = {
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("layout", ["raw", "cutlass_sm80"])
-@pytest.mark.parametrize(("bits", "block_size"), [(4, 0), (4, 32), (8, 0), (8, 64)])
-def test_bytes_are_those_of_the_plain_quantizer(
-    bits: int, block_size: int, layout: str, dtype: Any
-) -> None:
-    array, spec = weight(dtype), Spec(FORMATS[f"int{bits}"], block_size)
+@each_storage
+def test_bytes_are_those_of_the_plain_quantizer(spec: Spec, layout: str, dtype: Any) -> None:
+    array = weight(dtype)
     wanted = stored_bytes(array, spec, layout)
-    for part, tensor in tensors_of(projection_of(array, spec, layout)).items():
+    tensors = tensors_of(projection_of(array, spec, layout))
+    assert tensors.keys() == wanted.keys()
+    for part, tensor in tensors.items():
         assert tensor.nbytes == len(wanted[part])
         for way in WAYS.values():
             assert way(tensor) == wanted[part]
+
+
+@each_storage
+def test_a_permutation_of_experts_permutes_what_is_stored(spec: Spec, layout: str) -> None:
+    array = np.concatenate([weight(), 2 * weight()[::-1] - 1])
+    order = [4, 0, 5, 2, 1, 3]
+    moved = tensors_of(projection_of(array[order], spec, layout))
+    for part, tensor in tensors_of(projection_of(array, spec, layout)).items():
+        experts = tensor.numpy()
+        assert moved[part].tobytes() == experts[order].tobytes()
+        assert moved[part].tobytes() != experts.tobytes() or part == "global_scale"
 
 
 def test_shapes_and_types_are_known_without_computing(computed: list[tuple[int, ...]]) -> None:
@@ -156,7 +194,7 @@ def test_the_cache_stays_within_its_bound(
     assert seen == {scales, 2 * scales}
 
 
-def slab_of(number: int) -> lazy.Slab:
+def slab_of(number: int) -> Slab:
     return {"scales": np.full(4, number, np.uint8)}
 
 
@@ -210,6 +248,9 @@ def test_planning_computes_nothing(computed: list[tuple[int, ...]]) -> None:
     model.clone()
     assert sum(tensor.nbytes for tensor in planned_tensors(model)) > 0
     assert "PlannedTensor" in repr(model.graph.initializers)
+    first = next(planned_tensors(model))
+    shown = "PlannedTensor<UINT8,[3,384,64]>('weights' of Projection('layer0_fc1', int4 block 32"
+    assert repr(first).startswith(shown)
     assert not computed
 
 
@@ -268,7 +309,9 @@ def test_weights_that_are_not_finite_name_the_expert(tmp_path: Path, way: str, b
 def test_a_quantizer_of_the_wrong_shape_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that wrote too much would run into its neighbour's bytes."""
 
-    def blockless(weight: Array, spec: Spec) -> QuantizedWeights:
+    def blockless(
+        weight: Array, spec: Spec, statistics: Statistics | None = None
+    ) -> QuantizedWeights:
         return rtn_numpy(weight, Spec(spec.format))
 
     monkeypatch.setitem(METHODS, "rtn", blockless)

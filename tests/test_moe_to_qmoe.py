@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ from tests.moe_models import (
 EXACT = 1e-5
 FP16 = 2e-3
 INT8_BLOCKS = 5e-2  # the CPU kernel rounds activations to int8 there
+INT2_BLOCKS = 3e-2  # and looks int2 products up
 
 WEIGHTS = {
     "fc1_experts_weights": "fc1_quantized",
@@ -65,9 +67,7 @@ def converted_error(
     model = convert(single(experts, shape=shape, **attributes), recipe)
     assert the_node(model)
     feeds = experts.feeds(shape)
-    wanted = expected(
-        experts.arrays(), feeds, recipe.specs["fc1"], **{**experts.attributes, **attributes}
-    )
+    wanted = expected(experts.arrays(), feeds, recipe.specs, **{**experts.attributes, **attributes})
     return relative_error(run(model, feeds)[0], wanted)
 
 
@@ -133,6 +133,92 @@ def test_the_packed_layout_says_so() -> None:
     assert attributes_of(the_node(model))["weights_prepacked"] == 1
 
 
+# What a node says of its storage, by recipe; what is None is not there.
+SAID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "zero points": (
+        {"block_size": 32, "symmetric": False},
+        {"expert_weight_bits": 4, "block_size": 32, "quant_type": "int", "weights_prepacked": 0},
+    ),
+    "two widths": (
+        {"bits": 2, "fc2_bits": 4, "block_size": 64, "target": "cuda"},
+        {"expert_weight_bits": 2, "fc2_expert_weight_bits": 4, "weights_prepacked": 0},
+    ),
+    "one width, said twice": (
+        {"bits": 8, "fc2_bits": 8},
+        {"expert_weight_bits": 8, "fc2_expert_weight_bits": None, "block_size": None},
+    ),
+    "int3": (
+        {"bits": 3, "block_size": 64, "target": "cpu"},
+        {"expert_weight_bits": 3, "block_size": 64, "quant_type": "int", "weights_prepacked": 0},
+    ),
+    "mxfp4 for the CPU": (
+        {"format": "mxfp4", "target": "cpu"},
+        {"expert_weight_bits": 4, "block_size": None, "quant_type": "fp4", "weights_prepacked": 1},
+    ),
+    "nvfp4 for CUDA": (
+        {"format": "nvfp4", "target": "cuda"},
+        {
+            "expert_weight_bits": 4,
+            "block_size": None,
+            "quant_type": "nvfp4",
+            "weights_prepacked": 0,
+        },
+    ),
+    "fp8": (
+        {"format": "fp8", "target": "webgpu"},
+        {"expert_weight_bits": 8, "block_size": 128, "quant_type": "fp8", "weights_prepacked": 0},
+    ),
+    "TensorRT-RTX": (
+        {"block_size": 128, "target": "trt-rtx"},
+        {
+            "expert_weight_bits": 4,
+            "block_size": 128,
+            "quant_type": "int",
+            "weights_prepacked": None,
+            "swiglu_limit": math.inf,
+        },
+    ),
+    "WebGPU": (
+        {"block_size": 32, "target": "webgpu"},
+        {"block_size": 32, "weights_prepacked": 0, "swiglu_limit": None},
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), SAID.values(), ids=list(SAID))
+def test_what_a_node_says_of_its_storage(fields: dict[str, Any], said: dict[str, Any]) -> None:
+    experts = Experts(inter=256, dtype=np.float16)
+    node = the_node(convert(single(experts, normalize_routing_weights=1), **fields))
+    found = attributes_of(node)
+    assert {name: found.get(name) for name in said} == said
+
+
+@pytest.mark.parametrize(("fields", "said"), SAID.values(), ids=list(SAID))
+def test_the_inputs_of_a_node_are_the_parts_that_are_stored(
+    fields: dict[str, Any], said: dict[str, Any]
+) -> None:
+    experts = Experts(inter=256, dtype=np.float16, bias=False)
+    node = the_node(convert(single(experts, normalize_routing_weights=1), **fields))
+    parts = {
+        slot
+        for name, spec in Recipe(**fields).specs.items()
+        for slot in (
+            f"{name}_experts_weights",
+            f"{name}_scales",
+            *([] if spec.symmetric else [f"{name}_zero_points"]),
+            *([f"{name}_global_scale"] if spec.format.global_scale else []),
+        )
+    }
+    assert set(input_names(node)) == {"input", "router_probs", *parts}
+    assert node.inputs[-1] is not None  # nothing trails
+
+
+def test_a_limit_of_the_model_stays_where_the_target_wants_one() -> None:
+    experts = Experts(inter=256, dtype=np.float16)
+    model = convert(single(experts, swiglu_limit=7.0), block_size=128, target="trt-rtx")
+    assert attributes_of(the_node(model))["swiglu_limit"] == 7.0
+
+
 @pytest.mark.parametrize(
     "given", [set[str](), {"fc1_bias"}, {"fc2_bias"}, {"fc1_bias", "fc2_bias"}]
 )
@@ -153,7 +239,7 @@ def test_inputs_keep_their_slots(given: set[str]) -> None:
     assert input_names(node) == {"input": "x", "router_probs": "router_probs", **WEIGHTS, **biases}
     assert node.inputs[-1] is not None  # no trailing empty inputs
     feeds = experts.feeds()
-    wanted = expected(arrays, feeds, Recipe().spec, **attributes)
+    wanted = expected(arrays, feeds, Recipe().specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) <= EXACT
 
 
@@ -170,7 +256,7 @@ def test_empty_inputs_stay_empty(empty: ir.Value | None) -> None:
     node = the_node(convert(model := graph.model(y)))
     assert input_names(node) == {"input": "x", "router_probs": "router_probs", **WEIGHTS}
     feeds = experts.feeds()
-    wanted = expected(experts.arrays(), feeds, Recipe().spec, **attributes)
+    wanted = expected(experts.arrays(), feeds, Recipe().specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) <= EXACT
 
 
@@ -269,6 +355,33 @@ def test_float16_matches_the_reference(bits: int, block_size: int, activation: s
     assert converted_error(experts, recipe, k=2) <= bound
 
 
+@pytest.mark.parametrize(
+    ("fields", "dtype", "bound"),
+    [
+        ({"bits": 2, "target": "cpu"}, np.float32, EXACT),
+        ({"bits": 2, "block_size": 16, "target": "cpu"}, np.float32, EXACT),
+        ({"bits": 2, "block_size": 64}, np.float16, INT2_BLOCKS),
+        ({"bits": 3, "block_size": 32, "target": "cpu"}, np.float16, FP16),
+        ({"bits": 3, "block_size": 64, "target": "cpu"}, np.float16, FP16),
+        ({"symmetric": False, "target": "cpu"}, np.float32, EXACT),
+        ({"symmetric": False, "block_size": 32}, np.float32, EXACT),
+        ({"symmetric": False, "block_size": 32}, np.float16, FP16),
+        ({"symmetric": False, "bits": 2, "target": "cpu"}, np.float32, EXACT),
+        ({"symmetric": False, "bits": 8, "target": "cpu"}, np.float32, EXACT),
+        ({"symmetric": False, "bits": 8, "block_size": 64}, np.float32, INT8_BLOCKS),
+        ({"format": "mxfp4", "target": "cpu"}, np.float32, EXACT),
+        ({"format": "mxfp4", "target": "cpu"}, np.float16, FP16),
+        ({"format": "nvfp4", "target": "cpu"}, np.float32, FP16),  # rounds scales to bfloat16
+        ({"format": "nvfp4", "target": "cpu"}, np.float16, FP16),
+    ],
+    ids=str,
+)
+def test_every_format_of_the_cpu_matches_the_reference(
+    fields: dict[str, Any], dtype: Any, bound: float
+) -> None:
+    assert converted_error(Experts(dtype=dtype, bias=False), Recipe(**fields), k=2) <= bound
+
+
 @pytest.mark.parametrize("target", ["portable", "cpu"])
 @pytest.mark.parametrize("shape", [(1, 128), (6,), (2, 5)], ids=["one batch", "2-D", "3-D"])
 @pytest.mark.parametrize("normalize", [0, 1])
@@ -340,7 +453,7 @@ def test_softmax_is_right_without_an_import_of_the_default_domain() -> None:
     attributes = {**experts.attributes, "k": 2}
     model = convert(single(opsets={"com.microsoft": 1}, **attributes))
     feeds = experts.feeds()
-    wanted = expected(experts.arrays(), feeds, Recipe().spec, **attributes)
+    wanted = expected(experts.arrays(), feeds, Recipe().specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) <= EXACT
 
 
@@ -441,12 +554,12 @@ REFUSALS = {
         f"activation 'swiglu' {GATE_MISSING}", attributes={"swiglu_fusion": 0}
     ),
     "fc2 columns against the block": Refusal(
-        "fc2_experts_weights: K=192 is not divisible by block_size=128",
+        "fc2_experts_weights: K=192 is not divisible by block_size=128; block_size=32 would do",
         recipe={"block_size": 128},
         good=Experts(activation="relu", inter=256),
     ),
     "fc1 columns against the block": Refusal(
-        "fc1_experts_weights: K=192 is not divisible by block_size=128",
+        "fc1_experts_weights: K=192 is not divisible by block_size=128; block_size=32 would do",
         experts=Experts(hidden=192, inter=128),
         recipe={"block_size": 128},
         good=Experts(activation="relu", inter=256),
@@ -642,7 +755,7 @@ def test_probabilities_instead_of_logits_are_converted_faithfully_and_warned_abo
     feeds = experts.feeds()
     powers = np.exp(feeds["router_probs"].astype(np.float64))
     twice = feeds | {"router_probs": powers / powers.sum(axis=-1, keepdims=True)}
-    wanted = expected(experts.arrays(), twice, Recipe().spec, **attributes)
+    wanted = expected(experts.arrays(), twice, Recipe().specs["fc1"], **attributes)
     assert relative_error(run(model, feeds)[0], wanted) <= EXACT
 
 
@@ -664,7 +777,7 @@ def test_overrides_apply_to_the_nodes_that_they_name() -> None:
     for index in range(3):
         own = Experts(seed=index)
         feeds: Arrays = {"x": wanted, "router_probs": router}
-        spec = recipe.resolve(f"moe{index}").spec
+        spec = recipe.resolve(f"moe{index}").specs["fc1"]
         wanted = expected(own.arrays(), feeds, spec, k=2, **own.attributes)
     assert relative_error(run(model, Experts().feeds())[0], wanted) <= EXACT
 

@@ -22,6 +22,7 @@ from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
+from qmoe_rules.statistics import Statistics
 from tests.moe_models import (
     OPSETS,
     Array,
@@ -42,7 +43,7 @@ from tests.moe_models import (
 EXACT = 1e-5
 EXPERTS = Experts()
 ATTRIBUTES: dict[str, Any] = {**EXPERTS.attributes, "k": 2}
-SPEC = Recipe().spec
+SPEC = Recipe().specs["fc1"]
 PLANNED = ["fc1_quantized", "fc1_scales", "fc2_quantized", "fc2_scales"]
 
 
@@ -133,9 +134,11 @@ def two_nodes_with_the_same_weights() -> ir.Model:
 def test_shared_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, calls = METHODS["rtn"], []
 
-    def counted(weight: Array, spec: Spec) -> QuantizedWeights:
+    def counted(
+        weight: Array, spec: Spec, statistics: Statistics | None = None
+    ) -> QuantizedWeights:
         calls.append(weight.shape)
-        return quantizer(weight, spec)
+        return quantizer(weight, spec, statistics)
 
     monkeypatch.setitem(METHODS, "rtn", counted)
     model = convert(two_nodes_with_the_same_weights())
@@ -159,7 +162,7 @@ def test_shared_weights_with_two_recipes_are_stored_twice() -> None:
     assert float_weights(model) == []
     feeds = EXPERTS.feeds()
     middle = wanted(feeds)
-    eight = recipe.resolve("second").spec
+    eight = recipe.resolve("second").specs["fc1"]
     final = expected(EXPERTS.arrays(), feeds | {"x": middle}, eight, **ATTRIBUTES)
     assert relative_error(run(model, feeds)[0], final) <= EXACT
 

@@ -358,7 +358,7 @@ def test_a_node_is_quantized_in_the_same_sweep(
     ]
     actual = run(model, feeds)[0]
     assert relative_error(actual, real) <= INT4
-    spec = Recipe(bits=4, block_size=32).spec
+    spec = Recipe(bits=4, block_size=32).specs["fc1"]
     arrays: dict[str, Any] = normal(arrays_of(form, biases, dtype))
     arrays |= {name: quantized(arrays[name], spec) for name in ("fc1", "fc2")}
     values = ops.attributes(node)

@@ -37,7 +37,7 @@ EXACT = 1e-5
 EXPERTS = Experts()
 ATTRIBUTES: dict[str, Any] = {**EXPERTS.attributes, "k": 2}
 LOCAL = {**OPSETS, "local": 1}
-SPEC = Recipe().spec
+SPEC = Recipe().specs["fc1"]
 
 
 def wanted(feeds: Arrays, calls: int = 1) -> Array:
@@ -214,7 +214,7 @@ def test_the_pass_runs_in_a_sequence_with_others() -> None:
     )
     assert sequence(model).modified
     feeds = EXPERTS.feeds()
-    final = expected(EXPERTS.arrays(), feeds, Recipe(bits=8).spec, **ATTRIBUTES)
+    final = expected(EXPERTS.arrays(), feeds, Recipe(bits=8).specs["fc1"], **ATTRIBUTES)
     assert relative_error(run(model, feeds)[0], final) <= EXACT
 
 

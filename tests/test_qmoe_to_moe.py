@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from onnxscript.rewriter import MatchingTracer, rewrite
 
 from qmoe_rules import ops, reference
 from qmoe_rules.errors import ConfigError
+from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers.rtn import rtn_numpy
 from qmoe_rules.recipe import Recipe
@@ -105,6 +106,39 @@ def test_moe_computes_what_qmoe_does(bits: int, block_size: int, zero_points: bo
     # The CPU kernel of QMoE rounds activations for int8 blocks, and looks int2 up.
     inexact = block_size and bits != 4
     assert relative_error(ran_after, ran_before) <= (5e-2 if inexact else 1e-5)
+
+
+@pytest.mark.parametrize("fc3", [False, True], ids=["fused", "fc3"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(
+    ("format", "block_size", "layout"),
+    [
+        ("mxfp4", 32, "k_packed"),
+        ("mxfp4", 32, "n_packed"),
+        ("nvfp4", 16, "k_packed"),
+        ("nvfp4", 16, "n_packed"),
+        ("fp8", 128, "raw"),
+    ],
+)
+def test_floating_point_codes_become_the_weights_that_they_mean(
+    format: str, block_size: int, layout: str, dtype: Any, fc3: bool
+) -> None:
+    experts = Experts(dtype=dtype, activation="silu" if fc3 else "swiglu")
+    codes = Codes(experts, Spec(FORMATS[format], block_size), layout=layout, fc3=fc3)
+    model = codes.model()
+    meant = codes.weights()
+    if fc3:  # the operator has no slot for the global scale of an fc3
+        meant["fc3"] = replace(meant["fc3"], global_scale=None)
+    runs = layout == "k_packed" and not fc3
+    ran = run(model, experts.feeds()) if runs else []
+    found = constants(the_node(back(model), "MoE"))
+    for name, weight in meant.items():
+        assert found[SLOTS[name]].dtype == dtype
+        np.testing.assert_array_equal(found[SLOTS[name]], weight.dequantize().astype(dtype))
+    assert not [slot for slot in found if "scale" in slot]
+    for output in ran:
+        (after,) = run(model, experts.feeds())
+        assert relative_error(after, output) <= 3e-3  # QMoE rounds what it multiplies with
 
 
 @pytest.mark.parametrize("layout", ["raw", "cutlass_sm80"])
@@ -331,6 +365,7 @@ class Refusal:
 BLOCKS = Codes(fc1=spec_of(4, 32), zero_points=True)
 ROWS = Codes(zero_points=True)
 FC3 = Codes(Experts(activation="silu"), fc3=True)
+MXFP4 = Codes(fc1=Spec(FORMATS["mxfp4"], 32), layout="k_packed")
 
 
 def some(*shape: int, dtype: Any = np.float32) -> Any:
@@ -339,12 +374,48 @@ def some(*shape: int, dtype: Any = np.float32) -> Any:
 
 REFUSALS = {
     "a width that is not known": Refusal(
-        "fc1 has 3-bit codes; 2, 4 and 8 bits are known", attributes={"expert_weight_bits": 3}
+        "fc1 has 5-bit codes of quant_type='int'; known are int2, int3, int4, int8, mxfp4, nvfp4, "
+        "fp8",
+        attributes={"expert_weight_bits": 5},
     ),
     "a width of one projection that is not known": Refusal(
-        "fc2 has 3-bit codes; 2, 4 and 8 bits are known", attributes={"fc2_expert_weight_bits": 3}
+        "fc2 has 16-bit codes of quant_type='int'; known are int2, int3, int4, int8, mxfp4, "
+        "nvfp4, fp8",
+        attributes={"fc2_expert_weight_bits": 16},
     ),
-    "fp4": Refusal("quant_type='nvfp4' is not 'int'", attributes={"quant_type": "nvfp4"}),
+    "a type of codes that is not known": Refusal(
+        "fc1 has 4-bit codes of quant_type='wfp4afp8'; known are int2, int3, int4, int8, mxfp4, "
+        "nvfp4, fp8",
+        attributes={"quant_type": "wfp4afp8"},
+    ),
+    "integers said to be nvfp4": Refusal(
+        "fc1_scales is [3, 384]; weights [N=128, K=384] stored as nvfp4 block 16 in layout "
+        "n_packed ask for [3, 128, 24]",
+        attributes={"quant_type": "nvfp4"},
+    ),
+    "fp4 with zero points": Refusal(
+        "mxfp4 has floating-point codes, which have no zero points",
+        codes=MXFP4,
+        arrays={"fc1_zero_points": some(3, 384, 2, dtype=np.uint8)},
+    ),
+    "floating-point codes without scales": Refusal(
+        "fc2_scales: it is missing", codes=MXFP4, arrays={"fc2_scales": None}
+    ),
+    "one scale per expert that is missing": Refusal(
+        "fc1_global_scale: it is missing",
+        codes=Codes(fc1=Spec(FORMATS["fp8"])),
+        arrays={"fc1_global_scale": None},
+    ),
+    "scales beside one scale per expert": Refusal(
+        "fc2_scales is present, and fp8 expert has none",
+        codes=Codes(fc1=Spec(FORMATS["fp8"])),
+        arrays={"fc2_scales": some(3)},
+    ),
+    "activations that are quantized too": Refusal(
+        "fc1_act_scale is present, and MoE has no such input",
+        codes=MXFP4,
+        arrays={"fc1_act_scale": some(1)},
+    ),
     "no layout": Refusal(
         "weights_prepacked is not stated, so the layout of its bytes is unknown; "
         "source_layout='raw' says that a CPU build wrote them, 'cutlass_sm80' a CUDA build",
@@ -352,7 +423,7 @@ REFUSALS = {
     ),
     "an unknown attribute": Refusal("QMoE has no attribute 'zeal'", attributes={"zeal": 1}),
     "an input of other formats": Refusal(
-        "fc1_global_scale is present, and MoE has no such input",
+        "fc1_global_scale is present, and int4 row has none",
         arrays={"fc1_global_scale": some(3)},
     ),
     "weights that are computed": Refusal(
@@ -373,10 +444,11 @@ REFUSALS = {
         codes=ROWS,
         homes={"fc1_zero_points": "computed"},
     ),
-    "2-bit codes in the packed layout": Refusal(
-        "fc1_experts_weights: layout cutlass_sm80 holds 4-bit and 8-bit codes, not 2-bit ones",
-        attributes={"weights_prepacked": 1, "expert_weight_bits": 2},
-        arrays={"fc1_experts_weights": some(3, 128, 96, dtype=np.uint8)},
+    "3-bit codes in the packed layout": Refusal(
+        "fc1_experts_weights: layout cutlass_sm80 holds 2-bit, 4-bit and 8-bit codes, not 3-bit "
+        "ones",
+        attributes={"weights_prepacked": 1, "expert_weight_bits": 3},
+        arrays={"fc1_experts_weights": some(3, 128, 144, dtype=np.uint8)},
     ),
     "columns that the packed layout cannot hold": Refusal(
         "fc1_experts_weights: layout cutlass_sm80 needs K divisible by 64, and K=96",
@@ -407,27 +479,27 @@ REFUSALS = {
         },
     ),
     "too few axes": Refusal(
-        "fc1_experts_weights is [384, 64] and fc1_scales [3, 384]; they have three axes, and two "
-        "or three",
+        "fc1_experts_weights is [384, 64]; it has three axes",
         arrays={"fc1_experts_weights": some(384, 64, dtype=np.uint8)},
     ),
     "more rows than scales": Refusal(
-        "fc2_experts_weights is [3, 130, 96]; 128 rows of fc2_scales in layout raw ask for "
-        "[3, 128, 96]",
+        "fc2_scales is [3, 128]; weights [N=130, K=192] stored as int4 row in layout raw ask for "
+        "[3, 130]",
         arrays={"fc2_experts_weights": some(3, 130, 96, dtype=np.uint8)},
     ),
     "more experts than scales": Refusal(
-        "fc2_experts_weights is [3, 128, 96]; 128 rows of fc2_scales in layout raw ask for "
-        "[2, 128, 96]",
+        "fc2_scales is [2, 128]; weights [N=128, K=192] stored as int4 row in layout raw ask for "
+        "[3, 128]",
         arrays={"fc2_scales": some(2, 128)},
     ),
     "scales of blocks without a block size": Refusal(
-        "fc1_scales is [3, 384, 4]; weights [N=384, K=128] stored as int4 row ask for [3, 384]",
+        "fc1_scales is [3, 384, 4]; weights [N=384, K=128] stored as int4 row in layout raw ask "
+        "for [3, 384]",
         arrays={"fc1_scales": some(3, 384, 4)},
     ),
     "scales of other blocks": Refusal(
-        "fc1_scales is [3, 384, 4]; weights [N=384, K=128] stored as int4 block 64 ask for "
-        "[3, 384, 2]",
+        "fc1_scales is [3, 384, 4]; weights [N=384, K=128] stored as int4 asymmetric block 64 in "
+        "layout raw ask for [3, 384, 2]",
         codes=BLOCKS,
         attributes={"block_size": 64},
     ),
@@ -437,13 +509,14 @@ REFUSALS = {
         attributes={"block_size": 48},
     ),
     "zero points of rows": Refusal(
-        "fc2_zero_points is [3, 128]; weights [N=128, K=192] stored as int4 row ask for [3, 64]",
+        "fc2_zero_points is [3, 128]; weights [N=128, K=192] stored as int4 asymmetric row in "
+        "layout raw ask for [3, 64]",
         codes=ROWS,
         arrays={"fc2_zero_points": some(3, 128, dtype=np.uint8)},
     ),
     "zero points of blocks": Refusal(
-        "fc2_zero_points is [3, 128, 6]; weights [N=128, K=192] stored as int4 block 32 ask for "
-        "[3, 128, 3]",
+        "fc2_zero_points is [3, 128, 6]; weights [N=128, K=192] stored as int4 asymmetric block "
+        "32 in layout raw ask for [3, 128, 3]",
         codes=BLOCKS,
         arrays={"fc2_zero_points": some(3, 128, 6, dtype=np.uint8)},
     ),
@@ -620,7 +693,7 @@ def test_weights_can_be_quantized_anew_in_the_same_sweep() -> None:
     assert ops.attributes(node)["expert_weight_bits"] == 8
     assert [[row.status for row in report.rows] for report in reports] == [[CONVERTED]] * 2
     found = constants(node)
-    spec = Recipe(bits=8).spec
+    spec = Recipe(bits=8).specs["fc1"]
     for name, weight in codes.weights().items():
         again = [rtn_numpy(expert, spec) for expert in meant(weight)]
         np.testing.assert_array_equal(

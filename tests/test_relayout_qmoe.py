@@ -14,6 +14,7 @@ from onnxscript.rewriter import MatchingTracer, rewrite
 
 from qmoe_rules import ops, reference
 from qmoe_rules.errors import ConfigError
+from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, KEPT, SKIPPED, Report
@@ -85,9 +86,8 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 @pytest.mark.parametrize(("written", "layout"), [(RAW, SM80), (SM80, RAW)])
 @pytest.mark.parametrize("stated", [True, False])
 def test_everything_but_the_bytes_stays(written: str, layout: str, stated: bool) -> None:
-    codes = Codes(
-        Experts(activation="silu"), spec_of(4, 32), spec_of(8, 32), True, written, fc3=True
-    )
+    fc2 = spec_of(8, 32) if layout == RAW else None  # CUDA reads two widths in raw bytes only
+    codes = Codes(Experts(activation="silu"), spec_of(4, 32), fc2, True, written, fc3=True)
     extra = {"accuracy_level": 4, "activation_alpha": 1.5}
     model = codes.model(**extra, **({} if stated else {"weights_prepacked": None}))
     before = the_node(model)
@@ -169,15 +169,38 @@ def test_a_layout_that_was_not_stated_is_written_down(layout: str, stated: int |
     assert [(row.status, row.stored) for row in report.rows] == [(CONVERTED, layout)]
 
 
-def test_raw_2_bit_codes_are_left_alone_and_never_moved() -> None:
-    codes = Codes(fc1=spec_of(2, 32))
+@pytest.mark.parametrize(
+    "codes",
+    [Codes(fc1=spec_of(2, 32)), Codes(fc1=spec_of(4, 32), fc2=spec_of(8, 32))],
+    ids=["2 bits", "two widths"],
+)
+def test_what_cuda_reads_in_raw_bytes_only_is_never_packed(codes: Codes) -> None:
     for layout, expected in (
         (RAW, (KEPT, "it is stored in layout raw already")),
-        (SM80, (SKIPPED, "fc1 has 2-bit codes; 4 and 8 bits can be moved")),
+        (SM80, (SKIPPED, "the CUDA provider misreads layout 'cutlass_sm80' (it reads raw)")),
     ):
         report = Report()
         relayout(codes.model(), layout, report=report)
         assert [(row.status, row.reason) for row in report.rows] == [expected]
+
+
+def test_packed_2_bit_codes_become_raw() -> None:
+    packed, raw = (Codes(fc1=spec_of(2, 32), layout=layout).arrays() for layout in (SM80, RAW))
+    model = Codes(fc1=spec_of(2, 32), layout=SM80).model()
+    found = constants(the_node(relayout(model, RAW)))
+    for slot in WEIGHTS[:2]:
+        assert packed[slot].tobytes() != raw[slot].tobytes()
+        np.testing.assert_array_equal(found[slot], raw[slot])
+
+
+@pytest.mark.parametrize("layout", [RAW, SM80])
+@pytest.mark.parametrize("stored", ["n_packed", "k_packed"])
+def test_fp4_has_layouts_of_its_own(stored: str, layout: str) -> None:
+    report = Report()
+    codes = Codes(fc1=Spec(FORMATS["mxfp4"], 32), layout=stored)
+    relayout(codes.model(), layout, report=report)
+    reason = f"fc1_experts_weights: layout {layout} is not one of mxfp4's (n_packed, k_packed)"
+    assert [(row.status, row.reason) for row in report.rows] == [(SKIPPED, reason)]
 
 
 @pytest.mark.parametrize(
@@ -195,8 +218,8 @@ def test_raw_2_bit_codes_are_left_alone_and_never_moved() -> None:
             Codes(layout=SM80),
             {"weights_prepacked": None},
             RAW,
-            "fc1_experts_weights is [3, 128, 192]; 384 rows of fc1_scales in layout raw ask for "
-            "[3, 384, 192]",
+            "fc1_scales is [3, 384]; weights [N=128, K=384] stored as int4 row in layout raw ask "
+            "for [3, 128]",
         ),
         (
             Codes(Experts(hidden=96, activation="relu"), spec_of(4, 32)),
@@ -211,7 +234,13 @@ def test_raw_2_bit_codes_are_left_alone_and_never_moved() -> None:
             "fc1_experts_weights is [3, 384, 192]; fc2_experts_weights [3, 192, 192] with "
             "activation 'relu' asks for [3, 192, 192]",
         ),
-        (Codes(), {"quant_type": "fp4"}, None, "quant_type='fp4' is not 'int'"),
+        (
+            Codes(),
+            {"quant_type": "fp4"},
+            None,
+            "fc1_scales is [3, 384]; weights [N=128, K=384] stored as mxfp4 block 32 in layout "
+            "n_packed ask for [3, 128, 12]",
+        ),
         (Codes(), {"weight_order": 1}, None, "QMoE has no attribute 'weight_order'"),
     ],
     ids=["unknown", "contradiction", "shape", "indivisible", "disagreement", "fp4", "attribute"],
@@ -381,7 +410,9 @@ def test_a_cuda_build_of_the_genai_builder_runs_on_the_cpu(shared: Path, tmp_pat
         feeds = random_feeds(node)
         weights = [StoredProjection.of(built, name, RAW) for name in ("fc1", "fc2")]
         real = [
-            weight.dequantized().read(0, 4) for weight in weights if not isinstance(weight, str)
+            weight.dequantized(np.dtype(np.float32)).read(0, 4)
+            for weight in weights
+            if not isinstance(weight, str)
         ]
         expected = reference.moe(feeds["x"], feeds["router"], *real, **reference_options(node))
         assert relative_error(run_alone(node, feeds), expected) <= 2e-3
@@ -395,8 +426,8 @@ def test_a_claim_that_the_shapes_of_a_real_model_contradict(shared: Path) -> Non
     assert {(row.status, row.reason) for row in report.rows} == {
         (
             SKIPPED,
-            "fc1_experts_weights is [4, 128, 128]; 256 rows of fc1_scales in layout raw ask for "
-            "[4, 256, 128]",
+            "fc1_scales is [4, 256, 4]; weights [N=128, K=256] stored as int4 block 32 in layout "
+            "raw ask for [4, 128, 8]",
         )
     }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
+from onnxruntime.capi._pybind_state import (
+    quantize_matmul_2bits,
+    quantize_matmul_4bits,
+    quantize_matmul_8bits,
+)
 
 from qmoe_rules.errors import SourceError
-from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec, pack, unpack
+from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Format, Spec, pack, unpack
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers.rtn import rtn, rtn_numpy, smallest_scale
 
@@ -33,11 +39,15 @@ Engine = Callable[[Weight, Spec], QuantizedWeights]
 rtn_module = importlib.import_module("qmoe_rules.quantizers.rtn")
 
 DTYPES = list(SCALE_DTYPES.values())
-SPECS = [Spec(FORMATS[name], block) for name in FORMATS for block in (0, 16, 32, 64, 128)]
+INTEGERS = [format for format in FORMATS.values() if format.element is None]
+SIGNED = [Spec(format, block) for format in INTEGERS for block in (0, 16, 32, 64, 128)]
+POSITIVE = [Spec(format, 32, signed=False) for format in INTEGERS]
+ASYMMETRIC = [replace(spec, symmetric=False) for spec in SIGNED]
+SPECS = SIGNED + POSITIVE + ASYMMETRIC
 ROWS, COLUMNS = 8, 256
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s}{'' if s.signed else ' +'}")
 each_engine = pytest.mark.parametrize("engine", [rtn, rtn_numpy], ids=["compiled", "numpy"])
 
 
@@ -54,6 +64,10 @@ def assert_same(one: QuantizedWeights, other: QuantizedWeights) -> None:
     np.testing.assert_array_equal(one.packed, other.packed, err_msg=f"codes, {one.spec}")
     ours, theirs = (q.scales.view(f"u{q.scales.itemsize}") for q in (one, other))
     np.testing.assert_array_equal(ours, theirs, err_msg=f"patterns of scales, {one.spec}")
+    assert (one.zero_points is None) == (other.zero_points is None) == one.spec.symmetric
+    if one.zero_points is not None and other.zero_points is not None:
+        assert one.zero_points.dtype == other.zero_points.dtype == np.uint8
+        np.testing.assert_array_equal(one.zero_points, other.zero_points)
 
 
 def limits(dtype: DType) -> Any:
@@ -100,7 +114,7 @@ def nasty(dtype: DType) -> dict[str, Weight]:
 def finite_weights(draw: st.DrawFn) -> tuple[Weight, Spec]:
     """Weights made of any bit patterns but those of infinities and NaN."""
     dtype = draw(st.sampled_from(DTYPES))
-    spec = Spec(FORMATS[draw(st.sampled_from(list(FORMATS)))], draw(st.sampled_from([0, 16, 32])))
+    spec = draw(st.sampled_from([spec for spec in SPECS if spec.block_size <= 32]))
     pattern = np.dtype(f"u{dtype.itemsize}")
     infinity = np.array(np.inf, dtype).view(pattern)
     sign = 1 << (8 * dtype.itemsize - 1)
@@ -140,28 +154,62 @@ def test_the_engines_write_the_same_bytes_for_any_finite_patterns(
 
 
 def assert_meets_the_definition(quantized: QuantizedWeights, weight: Weight) -> None:
-    """Holds scales and codes against the definition in float64.
+    """Holds scales, zero points and codes against the definition in float64.
 
-    A row's scale is max|w| / 2^(bits-1); a block's takes the sign that sends its peak (the
-    negative one of a tie) to the lowest code. A code is the nearest one that exists.
+    A symmetric row's scale is max|w| / 2^(bits-1); a block's takes the sign that sends its peak
+    (the negative one of a tie) to the lowest code, where the spec lets it. With zero points, the
+    steps reach from the least weight, or zero, to the greatest, or zero. A code is the nearest one
+    that exists, so that a weight within reach is at most half a step off.
     """
     spec, dtype = quantized.spec, weight.dtype
-    half_range = spec.format.zero_point
     blocks = weight.astype(np.float64).reshape(len(weight), spec.blocks(weight.shape[1]), -1)
-    size = np.abs(blocks).max(axis=2)
-    sign = np.where(blocks.min(axis=2) == -size, 1, -1) if spec.block_size else 1
-    rounded = (size / half_range).astype(dtype).astype(np.float64)
-    least = np.where(size > 0, float(smallest_scale(dtype)), 0)
-    scales = sign * np.maximum(rounded, least)
+    scales = quantized.scales.reshape(blocks.shape[:2]).astype(np.float64)
     assert quantized.scales.dtype == dtype
-    np.testing.assert_array_equal(quantized.scales.reshape(scales.shape).astype(float), scales)
-
-    steps = np.divide(blocks, scales[..., None], where=size[..., None] > 0, out=blocks * 0)
+    if spec.symmetric:
+        np.testing.assert_array_equal(scales, defined_scales(blocks, spec, dtype))
+        points = np.full(scales.shape, spec.format.zero_point)
+    else:
+        points = assert_ranges_meet_the_definition(quantized, blocks, scales)
+    steps = np.divide(blocks, scales[..., None], where=scales[..., None] != 0, out=blocks * 0)
     codes = quantized.codes.reshape(blocks.shape).astype(np.int64)
-    reachable = np.clip(steps, -half_range, half_range - 1)
+    reachable = np.clip(steps, -points[..., None], (spec.format.max_code - points)[..., None])
     # Half a step, and what a float32 product with a float32 reciprocal may add to it.
-    worst = np.abs(codes - half_range - reachable).max()
-    assert worst <= 0.5 + half_range * 2.0**-22
+    worst = np.abs(codes - points[..., None] - reachable).max()
+    assert worst <= 0.5 + spec.format.max_code * 2.0**-23
+
+
+def defined_scales(
+    blocks: npt.NDArray[np.float64], spec: Spec, dtype: DType
+) -> npt.NDArray[np.float64]:
+    size = np.abs(blocks).max(axis=2)
+    signed = spec.block_size > 0 and spec.signed
+    sign = np.where(blocks.min(axis=2) == -size, 1, -1) if signed else 1
+    rounded = (size / spec.format.zero_point).astype(dtype).astype(np.float64)
+    scales: npt.NDArray[np.float64] = sign * np.maximum(rounded, least_scales(size, dtype))
+    return scales
+
+
+def least_scales(size: npt.NDArray[np.float64], dtype: DType) -> npt.NDArray[np.float64]:
+    return np.where(size > 0, float(smallest_scale(dtype)), 0)
+
+
+def assert_ranges_meet_the_definition(
+    quantized: QuantizedWeights, blocks: npt.NDArray[np.float64], scales: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """Returns the zero points; a scale is (high - low) / (2^bits - 1), rounded to its type."""
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    exact, info = (high - low) / quantized.spec.format.max_code, limits(quantized.scales.dtype)
+    # Half a unit of the last place, and three float32 operations before it.
+    slack = exact * (float(info.eps) / 2 + 3 * 2.0**-24) + float(info.smallest_subnormal)
+    floor = least_scales(high - low, quantized.scales.dtype)
+    assert (np.abs(scales - exact) <= slack)[exact > floor].all()
+    np.testing.assert_array_equal(scales[exact <= floor], floor[exact <= floor])
+    assert quantized.zero_points is not None
+    points = quantized.zero_points.reshape(scales.shape).astype(np.int64)
+    wanted = np.divide(-low, scales, where=scales != 0, out=scales * 0)
+    wanted = np.clip(wanted, 0, quantized.spec.format.max_code)
+    assert np.abs(points - wanted).max() <= 0.5 + quantized.spec.format.max_code * 2.0**-23
+    return points
 
 
 @each_engine
@@ -202,7 +250,7 @@ def test_a_worked_example(engine: Engine, dtype: DType) -> None:
 
 @each_engine
 @each_dtype
-@each_spec
+@pytest.mark.parametrize("spec", SIGNED, ids=str)
 def test_the_peak_of_every_block_is_kept_exactly(engine: Engine, dtype: DType, spec: Spec) -> None:
     """With code 0; a row keeps a negative peak, and cuts a positive one by exactly one step."""
     weight = nasty(dtype)["heavy tails"]
@@ -227,7 +275,8 @@ def test_zeros_stay_zeros(engine: Engine, dtype: DType, zero: float) -> None:
     weight = np.full((2, COLUMNS), zero, dtype)
     for spec in SPECS:
         quantized = engine(weight, spec)
-        assert (quantized.codes == spec.format.zero_point).all()
+        assert (quantized.codes == (spec.format.zero_point if spec.symmetric else 0)).all()
+        assert quantized.zero_points is None or (quantized.zero_points == 0).all()
         assert (quantized.scales.astype(np.float32) == 0).all()
         assert (quantized.dequantize() == 0).all()
 
@@ -260,11 +309,24 @@ def test_a_power_of_two_goes_into_the_scales_and_leaves_the_codes(dtype: DType, 
         scaled, scales = (
             (a.astype(np.float32) * factor).astype(dtype) for a in (weight, base.scales)
         )
-        assert_same(rtn(scaled, spec), QuantizedWeights(base.packed, scales, spec))
+        assert_same(rtn(scaled, spec), replace(base, scales=scales))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_power_of_two_that_neither_overflows_nor_underflows(data: st.DataObject) -> None:
+    dtype, spec = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(SPECS))
+    whole = data.draw(hnp.arrays(np.int16, (2, 128), elements=st.integers(-255, 255)))
+    # The smallest scale is that of a 1, a 255th of it.
+    exponent = st.integers(-6, 7) if dtype == np.float16 else st.integers(-100, 100)
+    one, other = data.draw(exponent), data.draw(exponent)
+    base, moved = (rtn(np.ldexp(whole, power).astype(dtype), spec) for power in (one, other))
+    scales = np.ldexp(base.scales.astype(np.float64), other - one).astype(dtype)
+    assert_same(moved, replace(base, scales=scales))
 
 
 @each_dtype
-@each_spec
+@pytest.mark.parametrize("spec", SIGNED, ids=str)
 def test_quantizing_what_was_quantized_changes_nothing(dtype: DType, spec: Spec) -> None:
     """Wherever a group holds code 0, as every block does and every row with a negative peak."""
     weight = ordinary(dtype)
@@ -276,11 +338,35 @@ def test_quantizing_what_was_quantized_changes_nothing(dtype: DType, spec: Spec)
 
 
 @each_dtype
+@pytest.mark.parametrize("spec", ASYMMETRIC, ids=str)
+def test_quantizing_what_was_quantized_with_zero_points_keeps_the_codes(
+    dtype: DType, spec: Spec
+) -> None:
+    """Wherever a group reaches both ends of the codes, and so spans as many steps as before.
+
+    Its scale may be another one by the rounding of the range, which moves no code, except in
+    bfloat16, whose 8 bits of significand can just tell 255 steps of one size apart.
+    """
+    once = rtn(ordinary(dtype), spec)
+    twice = rtn(once.dequantize().astype(dtype), spec)
+    groups = (ROWS, spec.blocks(COLUMNS), -1)
+    before, after = (each.codes.reshape(groups) for each in (once, twice))
+    one, other = (each.scales.reshape(groups[:2]).astype(float) for each in (once, twice))
+    whole = (before.min(axis=2) == 0) & (before.max(axis=2) == spec.format.max_code)
+    np.testing.assert_allclose(one[whole], other[whole], rtol=float(limits(dtype).eps))
+    if (dtype.name, spec.format.name) == ("bfloat16", "int8"):
+        whole &= one == other
+    assert whole.mean() > 0.4
+    np.testing.assert_array_equal(before[whole], after[whole])
+
+
+@each_dtype
 @each_spec
 def test_rows_are_independent(dtype: DType, spec: Spec) -> None:
     weight, order = ordinary(dtype), np.random.default_rng(1).permutation(ROWS)
     base = rtn(weight, spec)
-    permuted = QuantizedWeights(base.packed[order], base.scales[order], spec)
+    points = None if base.zero_points is None else base.zero_points[order]
+    permuted = QuantizedWeights(base.packed[order], base.scales[order], spec, points)
     assert_same(rtn(weight[order], spec), permuted)
 
 
@@ -291,9 +377,19 @@ def test_blocks_are_independent(dtype: DType, spec: Spec) -> None:
     order = np.random.default_rng(1).permutation(blocks)
     base = rtn(weight, spec)
     codes = base.codes.reshape(ROWS, blocks, -1)[:, order].reshape(ROWS, COLUMNS)
-    permuted = QuantizedWeights(pack(codes, spec.format.bits), base.scales[:, order], spec)
+    points = None if base.zero_points is None else base.zero_points[:, order]
+    packed = pack(codes, spec.format.bits)
     moved = weight.reshape(ROWS, blocks, -1)[:, order].reshape(ROWS, COLUMNS)
-    assert_same(rtn(moved, spec), permuted)
+    assert_same(rtn(moved, spec), QuantizedWeights(packed, base.scales[:, order], spec, points))
+
+
+@each_dtype
+@pytest.mark.parametrize("spec", ASYMMETRIC, ids=str)
+def test_zero_has_a_code_of_its_own_beside_any_weights(dtype: DType, spec: Spec) -> None:
+    for shift in (-3.0, 0.0, 3.0):  # all weights on one side of zero, or on both
+        weight = (ordinary(dtype).astype(np.float32) + np.float32(shift)).astype(dtype)
+        weight[:, ::16] = 0
+        assert (rtn(weight, spec).dequantize()[:, ::16] == 0).all()
 
 
 # What comes in.
@@ -348,9 +444,11 @@ def test_threads_and_repetitions_give_the_same_bytes(dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("columns", [2, 6, 10, 4098])
-def test_rows_of_odd_lengths_fill_their_bytes(columns: int) -> None:
+@pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
+def test_rows_of_odd_lengths_fill_their_bytes(format: Format, columns: int) -> None:
+    columns *= format.codes_per_group // math.gcd(columns, format.codes_per_group)
     weight = np.random.default_rng(0).standard_normal((3, columns)).astype(np.float32)
-    for spec in (Spec(FORMATS["int4"]), Spec(FORMATS["int8"])):
+    for spec in (Spec(format), Spec(format, symmetric=False)):
         quantized = rtn(weight, spec)
         assert quantized.packed.shape == spec.packed_shape(3, columns)
         assert_same(quantized, rtn_numpy(weight, spec))
@@ -452,43 +550,94 @@ def test_scales_are_rounded_to_16_bits_as_numpy_rounds(name: str) -> None:
 
 # ONNX Runtime's own tool.
 
+Codes = npt.NDArray[np.uint8]
+
 
 def quantized_by_onnxruntime(
-    weight: npt.NDArray[np.float32], bits: int, block: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Returns (codes [N, K], scales [N, K/block]) of the tool behind MatMulNBits."""
+    weight: npt.NDArray[np.float32], spec: Spec
+) -> tuple[Codes, npt.NDArray[np.float32], Codes]:
+    """Returns (codes [N, K], scales, zero points [N, K/block]) of the tool behind MatMulNBits.
+
+    It leaves the zero points of symmetric codes at 0, for the one in the middle.
+    """
     rows, columns = weight.shape
-    blocks = columns // block
+    bits, block, blocks = spec.format.bits, spec.block_size, spec.blocks(columns)
     packed = np.zeros((rows, blocks, block * bits // 8), np.uint8)
     scales = np.zeros((rows, blocks), np.float32)
-    zero_points = np.zeros((rows, (blocks * bits + 7) // 8), np.uint8)
-    tool = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}[bits]
+    points = np.zeros((rows, (blocks * bits + 7) // 8), np.uint8)
+    tool = {2: quantize_matmul_2bits, 4: quantize_matmul_4bits, 8: quantize_matmul_8bits}[bits]
     transposed = np.ascontiguousarray(weight.T)
-    tool(packed, transposed, scales, zero_points, block, rows, columns, True)
-    return unpack(packed.reshape(rows, -1), bits), scales
+    tool(packed, transposed, scales, points, block, rows, columns, spec.symmetric)
+    return unpack(packed.reshape(rows, -1), bits), scales, unpack(points, bits)[:, :blocks]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
+each_width = pytest.mark.parametrize("bits", [2, 4, 8])
+each_block = pytest.mark.parametrize("block", [16, 32, 64, 128])
+
+
+@each_width
+@each_block
 @pytest.mark.parametrize("name", ["ordinary", "heavy tails", "blocks of zeros"])
 def test_blocks_equal_those_of_the_tool_of_onnxruntime(bits: int, block: int, name: str) -> None:
     weight = nasty(DTYPES[0])[name].astype(np.float32)
     ours = rtn(weight, Spec(FORMATS[f"int{bits}"], block))
-    codes, scales = quantized_by_onnxruntime(weight, bits, block)
+    codes, scales, _ = quantized_by_onnxruntime(weight, ours.spec)
     np.testing.assert_array_equal(ours.scales, scales)
     np.testing.assert_array_equal(ours.codes, codes)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@each_width
 @pytest.mark.parametrize("name", ["ties between codes", "ties of +m and -m"])
 def test_only_exact_ties_may_round_unlike_the_tool_of_onnxruntime(bits: int, name: str) -> None:
     """It rounds them away from zero after adding the zero point, which is up; here, to even."""
     weight = nasty(DTYPES[0])[name].astype(np.float32)
     ours = rtn(weight, Spec(FORMATS[f"int{bits}"], 32))
-    codes, scales = quantized_by_onnxruntime(weight, bits, 32)
+    codes, scales, _ = quantized_by_onnxruntime(weight, ours.spec)
     np.testing.assert_array_equal(ours.scales, scales)
     steps = weight / np.repeat(scales, 32, axis=1)
     tied = (steps - np.floor(steps) == 0.5) & (steps < 2 ** (bits - 1) - 1)  # and not clipped
     np.testing.assert_array_equal(ours.codes[~tied], codes[~tied])
     np.testing.assert_array_equal(ours.codes[tied] % 2, 0)
     assert np.isin(codes[tied].astype(int) - ours.codes[tied], (0, 1)).all()
+
+
+@each_width
+@each_block
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("name", ["ordinary", "heavy tails", "blocks of zeros"])
+def test_blocks_of_one_sign_equal_those_of_the_tool_with_zero_points(
+    bits: int, block: int, sign: int, name: str
+) -> None:
+    """Their range is one number, so that there is one way to compute the scale."""
+    weight = sign * np.abs(nasty(DTYPES[0])[name].astype(np.float32))
+    ours = rtn(weight, Spec(FORMATS[f"int{bits}"], block, symmetric=False))
+    codes, scales, points = quantized_by_onnxruntime(weight, ours.spec)
+    assert ours.zero_points is not None
+    np.testing.assert_array_equal(ours.scales, scales)
+    np.testing.assert_array_equal(ours.zero_points, points)
+    np.testing.assert_array_equal(ours.codes, codes)
+
+
+@each_width
+@each_block
+@pytest.mark.parametrize("name", ["ordinary", "heavy tails", "blocks of zeros"])
+def test_blocks_with_zero_points_nearly_equal_those_of_the_tool(
+    bits: int, block: int, name: str
+) -> None:
+    """It subtracts before it divides, and so the scales differ in the last places.
+
+    It also multiplies where it divides, and rounds code and zero point as one number, ties away
+    from zero, where they are rounded one by one here, ties to even. So a weight within those last
+    places of the middle between two codes may take either.
+    """
+    weight = nasty(DTYPES[0])[name].astype(np.float32)
+    ours = rtn(weight, Spec(FORMATS[f"int{bits}"], block, symmetric=False))
+    codes, scales, points = quantized_by_onnxruntime(weight, ours.spec)
+    assert ours.zero_points is not None
+    np.testing.assert_array_max_ulp(ours.scales.astype(np.float32), scales, 2)
+    np.testing.assert_array_equal(ours.zero_points, points)
+    steps = weight / np.repeat(np.where(scales == 0, 1, scales), block, axis=1).astype(float)
+    tied = np.abs(steps - np.floor(steps) - 0.5) < 2**bits * 2.0**-21
+    np.testing.assert_array_equal(ours.codes[~tied], codes[~tied])
+    assert np.isin(codes[tied].astype(int) - ours.codes[tied], (-1, 0, 1)).all()
+    assert tied.mean() < 1e-3

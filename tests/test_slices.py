@@ -242,6 +242,7 @@ def test_a_sliced_tensor_is_the_array(dtype: npt.DTypeLike, tmp_path: Path) -> N
     file = io.BytesIO()
     tensor.tofile(file)
     assert file.getvalue() == turned.tobytes()
+    assert repr(tensor) == f"SlicedTensor<{tensor.dtype},[4,2,3]>(Combined, name='t')"
 
 
 def test_a_sliced_tensor_streams() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
@@ -30,8 +31,8 @@ def read(codes: Codes, source_layout: str | None = None, **attributes: Any) -> A
 @pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero-points"])
 @pytest.mark.parametrize(
     ("bits", "block", "layout"),
-    [(bits, block, "raw") for bits in (2, 4, 8) for block in (0, 32, 64)]
-    + [(bits, block, "cutlass_sm80") for bits in (4, 8) for block in (0, 32, 64)],
+    [(bits, block, "raw") for bits in (2, 3, 4, 8) for block in (0, 32, 64)]
+    + [(bits, block, "cutlass_sm80") for bits in (2, 4, 8) for block in (0, 32, 64)],
 )
 def test_every_expert_is_read_back(
     bits: int, block: int, layout: str, zero_points: bool, dtype: Any
@@ -51,7 +52,8 @@ def test_every_expert_is_read_back(
             if weight.zero_points is not None:
                 np.testing.assert_array_equal(expert.zero_points, weight.zero_points[index])
             projection.release(index)
-        dequantized = projection.dequantized()
+        assert projection.dtype == np.dtype(dtype)
+        dequantized = projection.dequantized(np.dtype(dtype))
         np.testing.assert_array_equal(dequantized.read(1, 3), meant(weight)[1:3])
         dequantized.release(1, 3)
 
@@ -69,7 +71,78 @@ def test_every_expert_is_read_back(
 def test_zero_points_that_end_inside_a_byte(codes: Codes) -> None:
     found = read(codes)
     for name, weight in codes.weights().items():
-        np.testing.assert_array_equal(found[name].dequantized().read(0, 3), meant(weight))
+        dequantized = found[name].dequantized(np.dtype(np.float32))
+        np.testing.assert_array_equal(dequantized.read(0, 3), meant(weight))
+
+
+FLOATING = [
+    (Spec(FORMATS["mxfp4"], 32), "n_packed"),
+    (Spec(FORMATS["mxfp4"], 32), "k_packed"),
+    (Spec(FORMATS["nvfp4"], 16), "n_packed"),
+    (Spec(FORMATS["nvfp4"], 16), "k_packed"),
+    (Spec(FORMATS["fp8"], 128), "raw"),
+    (Spec(FORMATS["fp8"], 32), "raw"),
+    (Spec(FORMATS["fp8"]), "raw"),
+]
+
+
+@pytest.mark.parametrize(("spec", "layout"), FLOATING, ids=str)
+def test_every_expert_of_floating_point_codes_is_read_back(spec: Spec, layout: str) -> None:
+    codes = Codes(Experts(dtype=np.float16), spec, layout=layout)
+    found = read(codes)
+    for name, weight in codes.weights().items():
+        projection = found[name]
+        assert isinstance(projection, StoredProjection)
+        assert (projection.shape, projection.bits) == (weight.codes.shape, spec.format.bits)
+        assert (projection.spec, projection.layout) == (spec, LAYOUTS[layout])
+        assert projection.dtype is None  # the scales do not tell
+        for index in range(projection.shape[0]):
+            expert = projection.expert(index)
+            np.testing.assert_array_equal(expert.packed, weight.packed[index])
+            np.testing.assert_array_equal(expert.dequantize(), weight.dequantize()[index])
+        dequantized = projection.dequantized(np.dtype(np.float16)).read(1, 3)
+        assert dequantized.dtype == np.float16
+        np.testing.assert_array_equal(dequantized, weight.dequantize()[1:3].astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("codes", "attributes", "reason"),
+    [
+        (
+            Codes(fc1=Spec(FORMATS["mxfp4"], 32), layout="n_packed"),
+            {"quant_type": "wfp4afp8"},
+            "fc1 has 4-bit codes of quant_type='wfp4afp8'; known are "
+            "int2, int3, int4, int8, mxfp4, nvfp4, fp8",
+        ),
+        (
+            Codes(),
+            {"expert_weight_bits": 5},
+            "fc1 has 5-bit codes of quant_type='int'; known are "
+            "int2, int3, int4, int8, mxfp4, nvfp4, fp8",
+        ),
+        (
+            Codes(fc1=Spec(FORMATS["fp8"], 128)),
+            {"weights_prepacked": 1},
+            "weights_prepacked=1 with quant_type='fp8' is unknown",
+        ),
+        (
+            Codes(fc1=Spec(FORMATS["mxfp4"], 32), layout="n_packed"),
+            {"quant_type": "nvfp4"},
+            "fc1_scales is [3, 384, 4]; weights [N=384, K=128] stored as nvfp4 block 16 in layout "
+            "n_packed ask for [3, 384, 8]",
+        ),
+        (
+            Codes(fc1=Spec(FORMATS["mxfp4"], 32), layout="n_packed"),
+            {"weights_prepacked": 1},
+            "fc1_scales is [3, 384, 4]; weights [N=128, K=384] stored as mxfp4 block 32 in layout "
+            "k_packed ask for [3, 128, 12]",
+        ),
+    ],
+)
+def test_what_a_node_says_must_fit_what_it_holds(
+    codes: Codes, attributes: dict[str, Any], reason: str
+) -> None:
+    assert read(codes, **attributes) == reason
 
 
 def test_a_planned_node_is_read_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +159,7 @@ def test_a_planned_node_is_read_expert_by_expert(monkeypatch: pytest.MonkeyPatch
     expert = projection.expert(3)
     assert expert.packed.shape == (384, 64)
     projection.release(3)
-    assert projection.slices[0].tensors  # the float weights, for whoever guards their file
+    assert projection.slices["weights"].tensors  # the float weights, for whoever guards their file
 
 
 @pytest.mark.parametrize(
@@ -130,14 +203,14 @@ def test_no_layout_is_guessed(stated: int | None, source_layout: str | None, rea
         (
             "raw",
             "cutlass_sm80",
-            "fc1_experts_weights is [3, 384, 64]; 384 rows of fc1_scales in layout cutlass_sm80 "
-            "ask for [3, 384, 192]",
+            "fc1_scales is [3, 384]; weights [N=128, K=384] stored as int4 row in layout "
+            "cutlass_sm80 ask for [3, 128]",
         ),
         (
             "cutlass_sm80",
             "raw",
-            "fc1_experts_weights is [3, 128, 192]; 384 rows of fc1_scales in layout raw "
-            "ask for [3, 384, 192]",
+            "fc1_scales is [3, 384]; weights [N=128, K=384] stored as int4 row in layout raw "
+            "ask for [3, 128]",
         ),
     ],
 )

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except QMoEError as error:
         return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as interrupt:  # a command may say what it leaves behind
+        return _fail(str(interrupt) or "interrupted; nothing was written", 130)
     except OSError as error:  # of standard output: whatever happens to files is a QMoEError
         _abandon_stdout()
         # A pipe whose reader has seen enough is no failure.

@@ -8,10 +8,25 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from qmoe_rules.cli._options import add_recipe_options, recipe_of
-from qmoe_rules.cli._printing import inspection_table, print_json, print_report, progress_bar, show
+from qmoe_rules.cli import _calibrate, _verify
+from qmoe_rules.cli._options import (
+    add_recipe_options,
+    add_save_options,
+    recipe_of,
+    save_options_of,
+)
+from qmoe_rules.cli._printing import (
+    inspection_table,
+    print_json,
+    print_report,
+    progress_bar,
+    show,
+    verdicts,
+)
 from qmoe_rules.inspection import inspect
+from qmoe_rules.kernels import GARBAGE
 from qmoe_rules.pipeline import plan, quantize
+from qmoe_rules.providers import TARGETS
 
 __all__ = ["parser"]
 
@@ -30,12 +45,17 @@ def parser() -> argparse.ArgumentParser:
     _add_command(commands, "plan", _plan, "say what quantize would do; computes nothing")
     command = _add_command(commands, "quantize", _quantize, "write a model with quantized experts")
     command.add_argument("destination", metavar="OUT", help="an .onnx file, or a folder")
-    command.add_argument(
-        "--workers", type=positive_number, metavar="N", help="threads (default: all)"
-    )
+    add_save_options(command)
     for name in ("plan", "quantize"):
         add_recipe_options(commands.choices[name])
-    _add_command(commands, "inspect", _inspect, "list a model's MoE and QMoE nodes")
+    command = _add_command(commands, "inspect", _inspect, "list a model's MoE and QMoE nodes")
+    command.add_argument(
+        "--target",
+        choices=tuple(TARGETS),
+        help="say what would become of every node there; exit 1 if one would compute garbage",
+    )
+    _calibrate.add(commands)
+    _verify.add(commands)
     return command_line
 
 
@@ -49,14 +69,6 @@ def _add_command(
     return command
 
 
-def positive_number(text: str) -> int:
-    """Returns the number that a text spells."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
 def _plan(arguments: argparse.Namespace) -> int:
     report = plan(arguments.model, recipe_of(arguments))
     print_report(report, arguments.json)
@@ -66,7 +78,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    with progress_bar() as bar:
+    with save_options_of(arguments) as options, progress_bar() as bar:
         task = bar.add_task("writing", total=None) if bar else None
 
         def advance(done: int, total: int) -> None:
@@ -77,18 +89,20 @@ def _quantize(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.destination,
             recipe_of(arguments),
-            workers=arguments.workers,
             progress=advance,
             strict=arguments.fail_if_skipped,
+            **options,
         )
     print_report(report, arguments.json)
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    summaries = inspect(arguments.model)
+    summaries = inspect(arguments.model, arguments.target)
     if arguments.json:
         print_json([dataclasses.asdict(summary) for summary in summaries])
-        return 0
-    show(inspection_table(summaries) if summaries else "no com.microsoft::MoE or QMoE node found")
-    return 0
+    elif summaries:
+        show(inspection_table(summaries), *verdicts(summaries))
+    else:
+        show("no com.microsoft::MoE or QMoE node found")
+    return int(any(summary.verdict == GARBAGE for summary in summaries))

@@ -1,13 +1,24 @@
-"""The recipe as options of a command."""
+"""The recipe, and how a model is saved, as options of a command."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from qmoe_rules.options import OPTIONS
 from qmoe_rules.recipe import Recipe
 
-__all__ = ["add_recipe_options", "recipe_of"]
+__all__ = [
+    "add_recipe_options",
+    "add_save_options",
+    "byte_count",
+    "positive_number",
+    "recipe_of",
+    "save_options_of",
+]
 
 _RENAMED = {"nodes_to_exclude": "--exclude", "overrides": "--override"}
 
@@ -45,3 +56,66 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Returns the recipe that parsed arguments ask for."""
     return Recipe.of(**{option.name: getattr(arguments, option.name) for option in OPTIONS})
+
+
+def add_save_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options of how a model is saved."""
+    group = command.add_argument_group("saving")
+    group.add_argument(
+        "--workers",
+        type=positive_number,
+        metavar="N",
+        help="threads, or tasks of the Dask cluster at a time (default: all there are)",
+    )
+    group.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="let the Dask cluster of this scheduler compute; its workers see the same folders",
+    )
+    group.add_argument(
+        "--max-shard-size",
+        type=byte_count,
+        metavar="SIZE",
+        help="begin another data file after this many bytes, like 2GB or 500MiB (default: never)",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="if this is interrupted keep what is written, and go on from what was kept before",
+    )
+
+
+@contextmanager
+def save_options_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields what parsed arguments ask for, as arguments of `quantize`."""
+    options = {name: getattr(arguments, name) for name in ("workers", "max_shard_size", "resume")}
+    try:
+        if arguments.dask is None:
+            yield options
+            return
+        from qmoe_rules.integrations.dask import cluster
+
+        with cluster(arguments.dask) as (executor, threads):
+            yield {**options, "executor": executor, "workers": arguments.workers or threads}
+    except KeyboardInterrupt:
+        if arguments.resume:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
+        raise
+
+
+def positive_number(text: str) -> int:
+    """Returns the number that a text spells."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def byte_count(text: str) -> int:
+    """Returns the bytes that a text spells: a number and a unit, of 1000s or, with an i, 1024s."""
+    pattern = r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?))?b?"
+    if found := re.fullmatch(pattern, text.strip().lower()):
+        base = 1024 if found[3] else 1000
+        if size := int(float(found[1]) * base ** " kmgt".index(found[2] or " ")):
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB, 500MiB or 1000000")

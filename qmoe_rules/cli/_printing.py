@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -16,9 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from qmoe_rules.inspection import NodeSummary
+from qmoe_rules.kernels import RIGHT
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, human_bytes
 
-__all__ = ["inspection_table", "print_json", "print_report", "progress_bar", "show"]
+__all__ = [
+    "inspection_table",
+    "print_json",
+    "print_report",
+    "progress_bar",
+    "show",
+    "verdicts",
+]
 
 _PIPE_WIDTH = 1000  # columns of a table that no terminal limits
 
@@ -76,6 +84,7 @@ def _report_table(rows: Sequence[Row]) -> Table:
 
 
 def inspection_table(summaries: Sequence[NodeSummary]) -> Table:
+    judged = any(summary.verdict is not None for summary in summaries)
     table = _table(
         "node",
         "op",
@@ -87,6 +96,7 @@ def inspection_table(summaries: Sequence[NodeSummary]) -> Table:
         "activation",
         "stored",
         "bytes",
+        *(["verdict"] if judged else []),
         right=(3, 4, 5, 6, 9),
     )
     for summary in summaries:
@@ -99,8 +109,26 @@ def inspection_table(summaries: Sequence[NodeSummary]) -> Table:
             Text(summary.activation),
             Text(summary.stored),
             human_bytes(summary.nbytes),
+            *([summary.verdict] if judged else []),
+            style="yellow" if summary.verdict not in (None, RIGHT) else None,
         )
     return table
+
+
+def verdicts(summaries: Sequence[NodeSummary]) -> Iterator[str]:
+    """Yields why nodes are not right and what mends them, each thing once, then the notes."""
+    alike: dict[tuple[str | None, ...], list[str]] = {}
+    for summary in summaries:
+        if summary.reason:
+            key = (summary.verdict, summary.reason, summary.remedy)
+            alike.setdefault(key, []).append(summary.node)
+    for (verdict, reason, remedy), nodes in alike.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        yield f"{nodes[0]}{more} {verdict}: {reason}"
+        if remedy:
+            yield f"    to mend it: {remedy}"
+    notes = dict.fromkeys(note for summary in summaries for note in summary.notes or ())
+    yield from (f"note: {note}" for note in notes)
 
 
 def _table(*titles: str, right: Sequence[int]) -> Table:

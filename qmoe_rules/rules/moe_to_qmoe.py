@@ -16,11 +16,14 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from qmoe_rules import ops
+from qmoe_rules.facts import constant_weights, facts_of
+from qmoe_rules.fingerprints import fingerprint
 from qmoe_rules.lazy import Projection, plan_values
-from qmoe_rules.recipe import PROJECTIONS, Recipe
+from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
 from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.rules.normalize_moe import REFUSED
+from qmoe_rules.statistics import ProjectionStatistics
 from qmoe_rules.targets import GATED, Facts
 from qmoe_rules.weights import ExpertWeights
 
@@ -164,10 +167,10 @@ class MoEToQMoE(RewriteRuleClassBase):
                 return (
                     told or f"{name} is present; QMoE kernels want gate and up interleaved in fc1"
                 )
-        weights = _weights(given)
+        weights = constant_weights(given)
         if isinstance(weights, str):
             return weights
-        facts = _facts(weights, attributes)
+        facts = facts_of(weights, attributes)
         reason = (
             ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
             or _refuse_types(weights)
@@ -175,23 +178,15 @@ class MoEToQMoE(RewriteRuleClassBase):
         )
         if reason:
             return reason
+        label, layout = ops.label(node), recipe.storage.name
+        known = {name: recipe.statistics(label, name) for name in weights}
+        if reason := _refuse_statistics(label, known["fc1"], attributes, weights):
+            return reason
         projections = {
-            name: Projection(view, recipe.specs[name], recipe.storage.name, recipe.method)
+            name: Projection(view, recipe.specs[name], layout, recipe.method, known[name])
             for name, view in weights.items()
         }
         return _Conversion(recipe, facts, attributes, projections)
-
-
-def _weights(given: Mapping[str, ir.Value | None]) -> dict[str, ExpertWeights] | str:
-    """Returns views of the constant weights of both projections, or why there are none."""
-    weights = {}
-    for name in PROJECTIONS:
-        value = given[f"{name}_experts_weights"]
-        view = "it is missing" if value is None else ExpertWeights.of(value)
-        if isinstance(view, str):
-            return f"{name}_experts_weights: {view}"
-        weights[name] = view
-    return weights
 
 
 def _refuse_types(weights: Mapping[str, ExpertWeights]) -> str | None:
@@ -206,17 +201,23 @@ def _refuse(facts: Facts, recipe: Recipe) -> str | None:
     return f"{reason}; {advice}" if advice else reason
 
 
-def _facts(weights: Mapping[str, ExpertWeights], attributes: Mapping[str, Any]) -> Facts:
-    _, hidden, inter = weights["fc2"].shape
-    return Facts(
-        dtype=weights["fc1"].dtype.name,
-        activation=attributes["activation_type"],
-        fusion=attributes["swiglu_fusion"],
-        hidden=hidden,
-        inter=inter,
-        sparse_mixer=bool(attributes["use_sparse_mixer"]),
-        limit_after_activation=bool(attributes["swiglu_limit_after_activation"]),
-    )
+def _refuse_statistics(
+    label: str,
+    known: ProjectionStatistics | None,
+    attributes: Mapping[str, Any],
+    weights: Mapping[str, ExpertWeights],
+) -> str | None:
+    """Returns why a node cannot be quantized with a calibration, or None.
+
+    Raises:
+        ConfigError: The calibration is of another model.
+    """
+    if known is None:
+        return None
+    if label not in known.calibration.nodes:
+        return f"calibration {known.calibration.path.name} has no node {label}"
+    known.calibration.check({label: fingerprint(attributes, weights)})
+    return None
 
 
 def _qmoe_attributes(conversion: _Conversion) -> dict[str, Any]:
@@ -260,4 +261,14 @@ def _warnings(node: ir.Node, found: _Conversion) -> tuple[str, ...]:
             "router_probs comes from a Softmax, and MoE applies softmax to it again; the float "
             "model does the same, so it is kept, but the exporter may not have meant it"
         )
+    if recipe.calibration is not None and recipe.statistics(ops.label(node), "fc1") is None:
+        warnings.append(f"method {recipe.method!r} does not go by the calibration")
+    for name, projection in found.projections.items():
+        known = projection.statistics
+        if isinstance(known, ProjectionStatistics) and (few := known.fallbacks()):
+            warnings.append(
+                f"{ops.label(node)}: {name} of {len(few)} of {projection.experts} experts saw "
+                f"fewer than {known.enough} tokens and falls back to "
+                f"{'its mean squares' if known.hessian else 'the mean squares of all'}"
+            )
     return tuple(warnings)

@@ -12,6 +12,7 @@ from onnxscript.rewriter import RewriteRuleSet
 
 from qmoe_rules import ops
 from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.providers import CUDA
 from qmoe_rules.report import Report
 from qmoe_rules.rules._stored import Projections, StoredRule, check_layout
 
@@ -59,17 +60,20 @@ class RelayoutQMoE(StoredRule):
 
     def keep(self, node: ir.Node, projections: Projections) -> str | None:
         """Returns that the node states the layout already, or None."""
-        if ops.attributes(node)["weights_prepacked"] == self._layout.prepacked:
+        stated = ops.attributes(node)["weights_prepacked"] == self._layout.prepacked
+        if stated and projections["fc1"].layout is self._layout:
             return f"it is stored in layout {self._layout.name} already"
         return None
 
     def refuse(self, node: ir.Node, projections: Projections) -> str | None:
-        """Returns which weight has no place in the layout, or None."""
+        """Returns which weight has no place in the layout, or why CUDA misreads it, or None."""
         for name, projection in projections.items():
             _, rows, columns = projection.shape
             if reason := self._layout.refuse(rows, columns, projection.spec.format):
                 return f"{name}_experts_weights: {reason}"
-        return None
+        if not self._layout.prepacked:
+            return None
+        return CUDA.refuse_layout(self._layout.name, {n: p.spec for n, p in projections.items()})
 
     def facts(self, node: ir.Node, projections: Projections) -> dict[str, Any]:
         """Returns the new layout; the number of bytes is the same."""

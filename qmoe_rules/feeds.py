@@ -1,0 +1,216 @@
+"""What a model is run on: feeds, read from files and completed for the model.
+
+A feed is a dictionary of arrays by input name, as ONNX Runtime takes it. Data for a language model
+is mostly tokens; its other inputs (mask, positions, an empty cache) follow from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qmoe_rules.errors import ConfigError, SourceError
+
+__all__ = ["TOKEN_DTYPES", "Feed", "Input", "complete", "inputs_of", "read_feeds"]
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Array]
+
+TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
+"""The types of the numbers in a raw token file."""
+
+_TOKENS, _EMBEDDINGS = "input_ids", "inputs_embeds"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that a model needs.
+
+    Attributes:
+        name: Its name.
+        dtype: Its type; float32 for bfloat16, which numpy does not have.
+        shape: Its sizes, None for those that are open; None where the rank is.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | None, ...] | None
+
+
+def inputs_of(model: ir.Model) -> dict[str, Input]:
+    """Returns the inputs of a model that have no default, by name.
+
+    Raises:
+        SourceError: An input is no tensor of numbers.
+    """
+    found = {}
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        name = str(value.name)
+        if value.dtype is None or value.dtype == ir.DataType.STRING:
+            raise SourceError(f"input {name} is no tensor of numbers")
+        wide = value.dtype == ir.DataType.BFLOAT16
+        shape = None
+        if value.shape is not None:
+            shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+        found[name] = Input(name, np.dtype(np.float32) if wide else value.dtype.numpy(), shape)
+    return found
+
+
+def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterable[str]) -> Feed:
+    """Returns exactly the inputs that are needed, in their types.
+
+    What is missing follows from the tokens [batch, length], or embeddings, where its name says what
+    it is: `attention_mask` is ones, `position_ids` count from 0, and `past...` is an empty cache.
+
+    Args:
+        feed: Arrays by input name.
+        needed: The inputs that are needed, by name.
+        known: Names of all inputs of the model.
+
+    Raises:
+        ConfigError: An input is unknown, missing, or has another type.
+    """
+    arrays = {name: np.asarray(array) for name, array in feed.items()}
+    if unknown := sorted(arrays.keys() - set(known)):
+        raise ConfigError(f"the model has no input {unknown[0]!r}; it has {', '.join(known)}")
+    completed = {}
+    for name, wanted in needed.items():
+        array = arrays[name] if name in arrays else _missing(wanted, arrays)
+        if array is None:
+            raise ConfigError(
+                f"input {name!r} is missing (given: {', '.join(arrays) or 'none'}), and what it "
+                "should be does not follow from its name"
+            )
+        if not np.can_cast(array.dtype, wanted.dtype, "same_kind"):
+            raise ConfigError(f"input {name!r} is {array.dtype}; the model wants {wanted.dtype}")
+        if wanted.shape is not None and not _fits(array.shape, wanted.shape):
+            shown = ", ".join("?" if size is None else str(size) for size in wanted.shape)
+            raise ConfigError(f"input {name!r} is {list(array.shape)}; the model wants [{shown}]")
+        completed[name] = array.astype(wanted.dtype, copy=False)
+    return completed
+
+
+def read_feeds(
+    path: str | os.PathLike[str],
+    inputs: Mapping[str, Input],
+    *,
+    name: str | None = None,
+    dtype: str = "uint8",
+    window: int = 256,
+    windows: int = 128,
+) -> Iterator[Feed]:
+    """Reads data for a model.
+
+    * `.npz` and `.safetensors` hold arrays by input name, `.npy` holds one of them. The first axis
+      counts samples, each of which is one feed, [1, ...].
+    * Any other file, and a `.npy` of one axis, holds tokens one after the other, which are cut
+      into windows of one length, evenly spaced: [1, window].
+
+    Args:
+        path: The file.
+        inputs: The model's inputs, from `inputs_of`.
+        name: The input that an array without a name is for; `input_ids`, or the only input, where
+            it is left out.
+        dtype: The type of the numbers in a raw file of tokens, little-endian.
+        window: Tokens per feed.
+        windows: How many feeds at most; they never overlap.
+
+    Raises:
+        SourceError: The file cannot be read.
+        ConfigError: The arrays do not fit together, or it is not clear which input they are for.
+    """
+    path = Path(path)
+    arrays = _arrays(path, dtype)
+    if isinstance(arrays, dict):
+        sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"{path}: the arrays differ in their first axis, which counts samples"
+            )
+        chosen = _spread(sizes.pop(), 1, windows)
+        return ({key: array[i : i + 1] for key, array in arrays.items()} for i in chosen)
+    target = _target(inputs, name)
+    if arrays.ndim > 1:
+        chosen = _spread(len(arrays), 1, windows)
+        return ({target: arrays[start : start + 1]} for start in chosen)
+    chosen = _spread(len(arrays), window, windows)
+    return ({target: arrays[None, start : start + window]} for start in chosen)
+
+
+def _arrays(path: Path, dtype: str) -> Array | dict[str, Array]:
+    try:
+        if path.suffix == ".npy":
+            array: Array = np.load(path, mmap_mode="r")
+            return array.reshape(-1) if not array.ndim else array
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return {name: file[name] for name in file.files}
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return dict(load_file(path))
+        if dtype not in TOKEN_DTYPES:
+            raise ConfigError(f"dtype={dtype!r}; it may be {', '.join(TOKEN_DTYPES)}")
+        return np.fromfile(path, np.dtype(dtype).newbyteorder("<"))
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist") from None
+    except Exception as error:  # of many types, depending on who reads
+        raise SourceError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _target(inputs: Mapping[str, Input], name: str | None) -> str:
+    if name is not None:
+        if name not in inputs:
+            raise ConfigError(f"the model has no input {name!r}; it has {', '.join(inputs)}")
+        return name
+    if _TOKENS in inputs:
+        return _TOKENS
+    if len(inputs) == 1:
+        return next(iter(inputs))
+    raise ConfigError(f"which input are the data for? It may be {', '.join(inputs)}")
+
+
+def _spread(length: int, window: int, windows: int) -> list[int]:
+    """Returns where windows begin that are evenly spaced and do not overlap."""
+    for what, size in (("window", window), ("windows", windows)):
+        if size < 1:
+            raise ConfigError(f"{what}={size}; it may be any number from 1")
+    if not length:
+        return []
+    count = max(min(windows, length // window), 1)
+    return [int(start) for start in np.linspace(0, max(length - window, 0), count)]
+
+
+def _missing(wanted: Input, given: Mapping[str, Array]) -> Array | None:
+    """Returns what an input is that follows from the others, or None."""
+    leading = given.get(_TOKENS, given.get(_EMBEDDINGS))
+    if leading is None or leading.ndim < 2 or wanted.shape is None:
+        return None
+    batch, length = leading.shape[:2]
+    if wanted.name == "attention_mask" and len(wanted.shape) == 2:
+        return np.ones((batch, length), wanted.dtype)
+    if wanted.name == "position_ids":
+        sizes = (*wanted.shape[:-2], batch, length)
+        if None not in sizes:
+            return np.broadcast_to(np.arange(length, dtype=wanted.dtype), sizes)
+    if wanted.name.startswith("past"):
+        first, *others = wanted.shape
+        return np.zeros((first or batch, *(size or 0 for size in others)), wanted.dtype)
+    return None
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size in (None, actual) for actual, size in zip(shape, wanted, strict=True)
+    )

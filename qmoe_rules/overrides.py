@@ -1,0 +1,97 @@
+"""`Override`: other settings for some nodes, and the patterns that say which.
+
+A pattern is a node's name, an fnmatch pattern, or `re:` and a regular expression that must match
+the whole name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qmoe_rules.errors import ConfigError
+
+__all__ = ["OVERRIDABLE", "AnyOverride", "Override", "check_pattern", "matches"]
+
+OVERRIDABLE = ("format", "bits", "fc2_bits", "block_size", "symmetric", "method")
+"""The fields of a recipe that an override may set."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other settings for the nodes whose name matches.
+
+    Attributes:
+        pattern: A node name, an fnmatch pattern, or `re:` and a regular expression that must
+            match the whole name.
+        settings: (field, value) pairs; the fields are format, bits, fc2_bits, block_size,
+            symmetric and method.
+    """
+
+    pattern: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"override pattern {self.pattern!r} is not a string")
+        check_pattern(self.pattern)
+        if not self.settings:
+            raise ConfigError(f"override for {self.pattern!r} sets nothing")
+        names = [name for name, _ in self.settings]
+        for name in names:
+            if name not in OVERRIDABLE:
+                raise ConfigError(
+                    f"override for {self.pattern!r} sets {name!r}; it may set "
+                    f"{', '.join(OVERRIDABLE)}"
+                )
+            if names.count(name) > 1:
+                raise ConfigError(f"override for {self.pattern!r} sets {name!r} twice")
+
+    @classmethod
+    def parse(cls, given: AnyOverride) -> Override:
+        """Reads an override from `("pattern", {"bits": 8})` or from `"pattern:bits=8,method=rtn"`.
+
+        Raises:
+            ConfigError: The override has another form, or sets an unknown field.
+        """
+        if isinstance(given, Override):
+            return given
+        if isinstance(given, str):
+            pattern, _, text = given.rpartition(":")
+            pairs = [item.partition("=") for item in text.split(",")]
+            if pattern and all(name and mark and value for name, mark, value in pairs):
+                return cls(pattern, tuple((name, _value(value)) for name, _, value in pairs))
+        elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+            return cls(given[0], tuple(given[1].items()))
+        raise ConfigError(
+            f"overrides: {given!r} is neither 'PATTERN:bits=8' nor ('PATTERN', {{'bits': 8}})"
+        )
+
+
+AnyOverride = Override | str | tuple[str, Mapping[str, Any]]
+"""What `Recipe` takes for an override; it keeps an `Override`."""
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ConfigError where a pattern is a broken regular expression."""
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Returns whether a pattern matches a node's name."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _value(text: str) -> int | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text

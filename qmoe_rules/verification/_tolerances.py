@@ -1,0 +1,88 @@
+"""How far an execution provider may be from the float64 reference, by kernel path, as data.
+
+Figures are ||difference|| / ||reference|| of one QMoE node on hidden states of unit variance and
+on those of real models. `docs/verification.md` shows what was measured; a wrong layout, a wrong
+zero point or other experts come to 0.3 and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qmoe_rules.formats import Spec
+
+__all__ = ["PROVIDERS", "TOLERANCES", "Tolerance", "tolerance_of"]
+
+PROVIDERS: Mapping[str, str] = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "NvTensorRTRTXExecutionProvider": "trt-rtx",
+    "WebGpuExecutionProvider": "webgpu",
+}
+"""The targets whose tables say what a provider computes, by ONNX Runtime's names."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """One kernel path; a field that is None fits everything.
+
+    Attributes:
+        error: The relative error that is allowed.
+        why: What makes the path as exact as it is.
+        provider: ONNX Runtime's name of the provider.
+        formats: Names of formats.
+        blocks: Block sizes.
+        dtype: The activation type.
+        accuracy_level: QMoE's attribute.
+    """
+
+    error: float
+    why: str
+    provider: str | None = None
+    formats: frozenset[str] | None = None
+    blocks: frozenset[int] | None = None
+    dtype: str | None = None
+    accuracy_level: int | None = None
+
+    def fits(self, provider: str, spec: Spec, dtype: str, accuracy_level: int | None) -> bool:
+        """Returns whether a node of this kind takes the path."""
+        return (
+            self.provider in (None, provider)
+            and (self.formats is None or spec.format.name in self.formats)
+            and (self.blocks is None or spec.block_size in self.blocks)
+            and self.dtype in (None, dtype)
+            and self.accuracy_level in (None, accuracy_level)
+        )
+
+
+_CPU, _WEBGPU = "CPUExecutionProvider", "WebGpuExecutionProvider"
+_BLOCKS = frozenset({16, 32, 64, 128, 256})
+_INT8, _INT2 = frozenset({"int8"}), frozenset({"int2"})
+_FP4 = frozenset({"mxfp4", "nvfp4"})
+
+TOLERANCES = (
+    Tolerance(2.5e-2, "activations rounded to int8", _CPU, _INT8, _BLOCKS),
+    Tolerance(2.5e-2, "activations rounded to int8", _CPU, blocks=_BLOCKS, accuracy_level=4),
+    Tolerance(3e-2, "products looked up in tables", _CPU, _INT2, _BLOCKS - {16}),
+    Tolerance(5e-3, "narrow sums", _CPU, _FP4, dtype="float32"),
+    Tolerance(2.5e-2, "activations rounded to int8", _WEBGPU),
+    Tolerance(1e-5, "float32 throughout", dtype="float32"),
+    Tolerance(2e-3, "float16 activations", dtype="float16"),
+    Tolerance(1.5e-2, "bfloat16 activations", dtype="bfloat16"),
+)
+"""The first row that fits a node counts."""
+
+
+def tolerance_of(
+    provider: str, spec: Spec, dtype: str, accuracy_level: int | None = None
+) -> Tolerance:
+    """Returns the row of a kernel path.
+
+    Args:
+        provider: ONNX Runtime's name of the provider.
+        spec: How a projection is stored.
+        dtype: The activation type, `"float32"`, `"float16"` or `"bfloat16"`.
+        accuracy_level: QMoE's attribute, None where it is absent.
+    """
+    return next(row for row in TOLERANCES if row.fits(provider, spec, dtype, accuracy_level))

@@ -1,0 +1,212 @@
+"""`feeds`: data from files, cut evenly, and completed for the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.feeds import Input, complete, inputs_of, read_feeds
+from tests.moe_models import Array, Graph
+
+INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
+IDS = {"input_ids": Input("input_ids", INT, (None, None))}
+LLM = {
+    **IDS,
+    "attention_mask": Input("attention_mask", INT, (None, None)),
+    "position_ids": Input("position_ids", INT, (3, None, None)),
+    "past_key_values.0.key": Input("past_key_values.0.key", FLOAT, (None, 2, None, 16)),
+    "past.0.conv": Input("past.0.conv", FLOAT, (None, 8, 3)),
+}
+
+
+def model(**inputs: tuple[Any, tuple[int | str, ...]]) -> ir.Model:
+    graph = Graph()
+    values = [graph.input(name, *given) for name, given in inputs.items()]
+    return graph.model(graph.op("Identity", values[0], out="y", like=values[0]))
+
+
+def test_inputs_are_those_without_a_default() -> None:
+    graph = Graph()
+    graph.input("ids", np.int64, ("batch", 7))
+    graph.weight("default", np.ones(2), "overridable")
+    x = graph.input("x", ml_dtypes.bfloat16, ())
+    found = inputs_of(graph.model(graph.op("Identity", x, out="y", like=x)))
+    assert found == {"ids": Input("ids", INT, (None, 7)), "x": Input("x", FLOAT, ())}
+
+
+def test_an_input_of_strings_is_refused() -> None:
+    text = model(x=(np.float32, (1,)))
+    text.graph.inputs[0].type = ir.TensorType(ir.DataType.STRING)
+    with pytest.raises(SourceError, match="input x is no tensor of numbers"):
+        inputs_of(text)
+
+
+@settings(deadline=None)
+@given(
+    length=st.integers(1, 400),
+    window=st.integers(1, 50),
+    windows=st.integers(1, 12),
+    dtype=st.sampled_from(["uint16", "int32", "int64"]),
+)
+def test_windows_are_evenly_spaced(
+    length: int, window: int, windows: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("feeds") / "tokens"
+    tokens = np.arange(length, dtype=np.dtype(dtype).newbyteorder("<"))
+    path.write_bytes(tokens.tobytes())
+    feeds = list(read_feeds(path, IDS, dtype=dtype, window=window, windows=windows))
+    found = [feed["input_ids"] for feed in feeds]
+    assert len(found) == max(min(windows, length // window), 1)
+    starts = [int(array[0, 0]) for array in found]
+    for start, array in zip(starts, found, strict=True):
+        np.testing.assert_array_equal(array, tokens[None, start : start + window])
+        assert array.shape == (1, min(window, length))
+    gaps = np.diff(starts)
+    assert starts[0] == 0
+    assert (gaps >= window).all()
+    assert gaps.max(initial=0) - gaps.min(initial=gaps.max(initial=0)) <= 1
+    assert len(found) == 1 or starts[-1] + window == length
+
+
+def test_a_raw_file_is_bytes_by_default(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes([1, 255, 3]))
+    (feed,) = read_feeds(tmp_path / "text", IDS)
+    assert feed["input_ids"].tolist() == [[1, 255, 3]]
+
+
+def test_arrays_of_samples(tmp_path: Path) -> None:
+    arrays: dict[str, Array] = {"input_ids": np.arange(12).reshape(6, 2)}
+    arrays["x"] = np.ones((6, 3, 4), np.float32)
+    np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
+    save_file(arrays, tmp_path / "data.safetensors")
+    np.save(tmp_path / "data.npy", arrays["input_ids"])
+    for name in ("data.npz", "data.safetensors"):
+        found = list(read_feeds(tmp_path / name, IDS))
+        assert [feed["x"].shape for feed in found] == [(1, 3, 4)] * 6
+        assert np.array_equal(
+            np.concatenate([feed["input_ids"] for feed in found]), arrays["input_ids"]
+        )
+        chosen = [feed["input_ids"][0, 0] for feed in read_feeds(tmp_path / name, IDS, windows=3)]
+        assert chosen == [0, 4, 10]  # samples 0, 2 and 5
+    found = list(read_feeds(tmp_path / "data.npy", IDS))
+    assert [feed["input_ids"].tolist() for feed in found][5] == [[10, 11]]
+
+
+def test_one_axis_of_an_npy_is_tokens(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(10, dtype=np.uint32))
+    found = list(read_feeds(tmp_path / "tokens.npy", IDS, window=5))
+    assert [feed["input_ids"].tolist() for feed in found] == [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]]]
+
+
+def test_which_input_data_without_names_are_for(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(b"abc")
+    two = {name: Input(name, INT, (None, None)) for name in ("a", "b")}
+    assert list(next(read_feeds(path, {"a": two["a"]}))) == ["a"]
+    assert list(next(read_feeds(path, two, name="b"))) == ["b"]
+    assert list(next(read_feeds(path, {**two, **IDS}))) == ["input_ids"]
+    with pytest.raises(ConfigError, match=r"^which input are the data for\? It may be a, b$"):
+        read_feeds(path, two)
+    with pytest.raises(ConfigError, match="the model has no input 'c'; it has a, b"):
+        read_feeds(path, two, name="c")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window=0; it may be any number from 1"),
+        ({"windows": -1}, "windows=-1; it may be any number from 1"),
+        ({"dtype": "float32"}, "dtype='float32'; it may be uint8, uint16, int32, int64"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(b"abc")
+    with pytest.raises(ConfigError) as error:
+        read_feeds(tmp_path / "tokens", IDS, **options)
+    assert str(error.value) == message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("a.npy", "b.npz", "c.safetensors"):
+        with pytest.raises(SourceError, match="does not exist"):
+            read_feeds(tmp_path / name, IDS)
+        (tmp_path / name).write_bytes(b"nonsense")
+        with pytest.raises(SourceError, match="cannot read"):
+            read_feeds(tmp_path / name, IDS)
+    with pytest.raises(SourceError, match="cannot read"):
+        read_feeds(tmp_path, IDS)
+    np.savez(tmp_path / "uneven.npz", a=np.ones((2, 3)), b=np.ones((3, 3)))
+    with pytest.raises(ConfigError, match="the arrays differ in their first axis"):
+        read_feeds(tmp_path / "uneven.npz", IDS)
+    (tmp_path / "empty").touch()
+    assert list(read_feeds(tmp_path / "empty", IDS)) == []
+
+
+def test_what_follows_from_the_tokens() -> None:
+    feed = {"input_ids": np.arange(10, dtype=np.int32).reshape(2, 5)}
+    found = complete(feed, LLM, LLM)
+    assert {name: (a.dtype, a.shape) for name, a in found.items()} == {
+        "input_ids": (INT, (2, 5)),
+        "attention_mask": (INT, (2, 5)),
+        "position_ids": (INT, (3, 2, 5)),
+        "past_key_values.0.key": (FLOAT, (2, 2, 0, 16)),
+        "past.0.conv": (FLOAT, (2, 8, 3)),
+    }
+    assert (found["attention_mask"] == 1).all()
+    assert (found["position_ids"] == np.arange(5)).all()
+    assert not found["past.0.conv"].any()
+
+
+def test_what_is_given_is_kept() -> None:
+    mask: Array = np.array([[0, 1, 1]])
+    given_ = {"input_ids": np.ones((1, 3), np.int64), "attention_mask": mask}
+    assert np.array_equal(complete(given_, LLM, LLM)["attention_mask"], mask)
+
+
+def test_only_what_is_needed_is_completed() -> None:
+    feed = {"input_ids": np.ones((1, 3), np.int64), "past.0.conv": np.ones((9, 9))}
+    assert list(complete(feed, IDS, LLM)) == ["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("feed", "needed", "message"),
+    [
+        ({"x": np.ones(3)}, IDS, "the model has no input 'x'; it has input_ids"),
+        ({}, IDS, "input 'input_ids' is missing (given: none), and what it should be does not"),
+        (
+            {"input_ids": np.ones((1, 3), np.int64)},
+            {**IDS, "pixels": Input("pixels", FLOAT, (None, 3))},
+            "input 'pixels' is missing (given: input_ids)",
+        ),
+        (
+            {"input_ids": np.ones((1, 3))},
+            IDS,
+            "input 'input_ids' is float64; the model wants int64",
+        ),
+        (
+            {"input_ids": np.ones(3, np.int64)},
+            IDS,
+            "input 'input_ids' is [3]; the model wants [?, ?]",
+        ),
+        (
+            {"past.0.conv": np.ones((1, 7, 3), np.float32)},
+            {"past.0.conv": LLM["past.0.conv"]},
+            "input 'past.0.conv' is [1, 7, 3]; the model wants [?, 8, 3]",
+        ),
+    ],
+)
+def test_feeds_that_do_not_fit(
+    feed: dict[str, Array], needed: dict[str, Input], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        complete(feed, needed, needed)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,428 @@
+"""`verify`: green for what `quantize` writes, and red, with the right check, for what is broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from qmoe_rules import (
+    ConfigError,
+    SourceError,
+    VerificationError,
+    VerificationReport,
+    quantize,
+    verify,
+    verification,
+)
+from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
+from qmoe_rules.layouts import LAYOUTS
+from qmoe_rules.providers import TARGETS
+from qmoe_rules.rules import apply_rules, relayout_qmoe_rules
+from qmoe_rules.verification._execution import captured_inputs, random_inputs
+from qmoe_rules.verification._tolerances import PROVIDERS, tolerance_of
+from tests import expert_graphs
+from tests.conftest import MODELS, SHARED
+from tests.expert_graphs import Layer
+from tests.moe_models import Array, Experts, Graph, branches, inputs_of, layers, single
+from tests.qmoe_models import Codes, spec_of
+
+TINY = {name: MODELS / f"bytelm-tiny8-{name}" for name in ("fp32", "fp16")}
+INT4 = {"block_size": 32}
+FIRST = "layers.0.moe"
+
+
+class Draft:
+    """A model file that a test changes: constants by name, nodes by operator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "model.onnx"
+        self.proto = onnx.load(self.path)
+
+    def __getitem__(self, name: str) -> Array:
+        return numpy_helper.to_array(self._tensor(name)).copy()
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        self._tensor(name).CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
+    def node(self, op_type: str = "QMoE") -> onnx.NodeProto:
+        return next(node for node in self.proto.graph.node if node.op_type == op_type)
+
+    def set(self, **attributes: Any) -> None:
+        """Sets attributes of the first QMoE; None removes one."""
+        node = self.node()
+        kept = [each for each in node.attribute if each.name not in attributes]
+        del node.attribute[:]
+        given = {name: value for name, value in attributes.items() if value is not None}
+        made = [onnx.helper.make_attribute(name, value) for name, value in given.items()]
+        node.attribute.extend([*kept, *made])
+
+    def save(self) -> None:
+        onnx.save(self.proto, self.path)
+
+    def _tensor(self, name: str) -> onnx.TensorProto:
+        return next(each for each in self.proto.graph.initializer if each.name == name)
+
+
+def saved(model: ir.Model, folder: Path) -> Path:
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx")
+    return folder
+
+
+def converted(before: Path, after: Path, **recipe: Any) -> Path:
+    report = quantize(before, after, **recipe)
+    assert {row.status for row in report.rows} == {"converted"}
+    return after
+
+
+def checked(before: Path, after: Path, **options: Any) -> VerificationReport:
+    return verify(before, after, **{"whole_model": False, **options})
+
+
+def failed(report: VerificationReport) -> set[str]:
+    return {failure.check for failure in report.failed}
+
+
+# What `quantize` writes passes.
+
+CPU = [
+    {"bits": bits, "block_size": size, "symmetric": symmetric}
+    for bits in (2, 4, 8)
+    for size in (0, 32)
+    for symmetric in (True, False)
+]
+CPU += [{"format": "nvfp4"}, {"format": "mxfp4"}, {"bits": 4, "block_size": 16}]
+
+
+@pytest.mark.parametrize("recipe", CPU, ids=str)
+@pytest.mark.parametrize("model", TINY)
+def test_what_quantize_writes_passes(model: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    before = TINY[model]
+    report = checked(before, converted(before, tmp_path / "out", target="cpu", **recipe))
+    assert report.passed, report.summary()
+    assert [node.status for node in report.nodes] == ["converted"] * 2
+    for node in report.nodes:
+        assert node.notes == ()
+        assert node.execution_error is not None
+        assert node.tolerance is not None
+        # Round to nearest is its own measure: the bound is twice its error, and a little more.
+        assert all(each.error <= 0.55 * each.bound for each in node.projections)
+        assert all(each.follow == pytest.approx(1) for each in node.projections)
+
+
+EXECUTION = [("fp32", {"bits": 4}, 1e-6), ("fp32", {"bits": 8}, 1e-6), ("fp16", {"bits": 4}, 5e-4)]
+
+
+@pytest.mark.parametrize(("model", "recipe", "limit"), EXECUTION)
+def test_exact_paths_are_far_below_their_tolerance(
+    model: str, recipe: dict[str, Any], limit: float, tmp_path: Path
+) -> None:
+    report = checked(TINY[model], converted(TINY[model], tmp_path / "out", **recipe))
+    assert all((node.execution_error or 1) < limit for node in report.nodes)
+
+
+REFERENCE_ALONE = [
+    ({"target": "cuda", "layout": "cutlass_sm80", "bits": 8}, "takes the bytes for raw ones"),
+    ({"target": "cuda", "format": "nvfp4"}, "weights_prepacked"),
+    ({"target": "cuda", "format": "mxfp4"}, "weights_prepacked"),
+    ({"target": "cuda", "fc2_bits": 8, "block_size": 32}, "does not take int4 in fc1 and int8"),
+    ({"target": "webgpu", "format": "fp8"}, "has no kernel for fp8"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "why"), REFERENCE_ALONE, ids=str)
+def test_what_the_cpu_cannot_run_is_checked_with_the_reference(
+    recipe: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    report = verify(TINY["fp16"], converted(TINY["fp16"], tmp_path / "out", **recipe))
+    assert report.passed, report.summary()
+    for node in report.nodes:
+        (note,) = node.notes
+        assert note.startswith("checked with the reference alone: the CPU provider ")
+        assert why in note
+        assert node.execution_error is None
+        assert node.output_error is not None
+    assert report.outputs == ()  # a misread layout would compute garbage
+    assert why in report.whole_model
+
+
+@pytest.mark.parametrize(
+    ("experts", "why"),
+    [
+        (Experts(dtype=SCALE_DTYPES["bfloat16"], inter=128), "has no bfloat16 kernel"),
+        (Experts(dtype=np.float16, inter=128, activation="geglu"), "activation 'geglu'"),
+    ],
+    ids=["bfloat16", "geglu"],
+)
+def test_types_and_activations_without_a_cpu_kernel(
+    experts: Experts, why: str, tmp_path: Path
+) -> None:
+    model = single(experts, k=2, normalize_routing_weights=1)
+    before = saved(model, tmp_path / "before")
+    report = checked(before, converted(before, tmp_path / "out", target="cuda", **INT4))
+    assert report.passed, report.summary()
+    assert why in report.nodes[0].notes[0]
+
+
+@pytest.mark.parametrize("normalize", [0, 1])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "swiglu"])
+def test_every_activation_and_routing(activation: str, normalize: int, tmp_path: Path) -> None:
+    experts = Experts(activation=activation, experts=6)
+    model = single(experts, k=3, normalize_routing_weights=normalize)
+    before = saved(model, tmp_path / "before")
+    report = checked(before, converted(before, tmp_path / "out", **INT4))
+    assert report.passed, report.summary()
+    assert (report.nodes[0].execution_error or 1) < 1e-6
+
+
+def test_halves_are_compared_as_interleaved_rows(tmp_path: Path) -> None:
+    model = single(k=2, normalize_routing_weights=1, swiglu_fusion=2)
+    before = saved(model, tmp_path / "before")
+    after = converted(before, tmp_path / "out", **INT4)
+    assert checked(before, after).passed
+    draft = Draft(after)
+    draft["fc1_bias_interleaved"] = np.roll(draft["fc1_bias_interleaved"], 1, axis=1)
+    draft.save()
+    assert failed(checked(before, after)) == {"biases"}
+
+
+def test_subgraphs(tmp_path: Path) -> None:
+    graph = Graph()
+    experts = Experts(bias=False)
+    weights = graph.weights(experts.arrays())
+
+    def moe(body: Graph, x: ir.Value, router: ir.Value) -> ir.Value:
+        return body.moe(x, router, weights, out="inner", **experts.attributes, k=2)
+
+    def same(body: Graph, x: ir.Value, router: ir.Value) -> ir.Value:
+        return body.op("Identity", x, out="other", like=x)
+
+    before = saved(branches(moe, same, graph), tmp_path / "before")
+    after = converted(before, tmp_path / "out", **INT4)
+    assert checked(before, after).passed
+    draft = Draft(after)
+    branch = next(
+        each.g
+        for node in draft.proto.graph.node
+        for each in node.attribute
+        if each.name == "else_branch"
+    )
+    branch.node[0].op_type = "Neg"
+    draft.save()
+    (failure,) = checked(before, after).failed
+    assert (failure.check, "is Identity, and Neg" in failure.reason) == ("outside", True)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_experts_that_were_fused(bits: int, tmp_path: Path) -> None:
+    layer = Layer(bits=bits, inter=128)
+    before = saved(expert_graphs.model(layer), tmp_path / "before")
+    report = quantize(before, tmp_path / "out", **INT4)
+    assert [row.status for row in report.rows] == ["converted"]
+    found = verify(before, tmp_path / "out", inputs=expert_graphs.feeds(layer))
+    assert found.passed, found.summary()
+    assert [node.status for node in found.nodes] == ["kept" if bits else "converted"]
+    assert found.outputs[0].error < (1e-5 if bits else 0.5)
+    if not bits:
+        assert found.nodes[0].inputs == "captured"
+
+
+# What is broken fails, with the check that says how.
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A way to break a converted model.
+
+    Attributes:
+        name: What it does, in words.
+        edit: Does it.
+        checks: The checks that must fail, no more and no fewer.
+        recipe: Of the conversion.
+        model: Which of the tiny models.
+    """
+
+    name: str
+    edit: Callable[[Draft], None]
+    checks: frozenset[str]
+    recipe: tuple[tuple[str, Any], ...] = (("block_size", 32),)
+    model: str = "fp32"
+
+
+def _on(suffix: str, function: Callable[[Array], Array]) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        name = f"{FIRST}.{suffix}"
+        draft[name] = function(draft[name])
+
+    return edit
+
+
+def _both(*edits: Callable[[Draft], None]) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        for each in edits:
+            each(draft)
+
+    return edit
+
+
+def _pairs_swapped(rows: Array) -> Array:
+    pairs = rows.reshape(rows.shape[0], -1, 2, *rows.shape[2:])
+    return pairs[:, :, ::-1].reshape(rows.shape)
+
+
+def _next_expert(stack: Array) -> Array:
+    return np.roll(stack, 1, axis=0)
+
+
+def _nibbles(packed: Array) -> Array:
+    return (packed >> 4) | (packed << 4)
+
+
+def _relaid(source: str, target: str) -> Callable[[Array], Array]:
+    def move(stored: Array) -> Array:
+        codes = (LAYOUTS[source].load(each, 4) for each in stored)
+        return np.stack([LAYOUTS[target].store(each, 4) for each in codes])
+
+    return move
+
+
+def _without_zero_points(draft: Draft) -> None:
+    for index, name in enumerate(draft.node().input):
+        if name.endswith("_zero_points"):
+            draft.node().input[index] = ""
+
+
+def _one_value(name: str) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        array = draft[name]
+        array.flat[7] += 2.0**-10
+        draft[name] = array
+
+    return edit
+
+
+def _softmax_before_the_router(draft: Draft) -> None:
+    node = draft.node()
+    draft.proto.graph.node.insert(
+        list(draft.proto.graph.node).index(node),
+        onnx.helper.make_node("Softmax", [node.input[1]], ["probabilities"], axis=-1),
+    )
+    node.input[1] = "probabilities"
+
+
+def _renamed(draft: Draft) -> None:
+    draft.node().name = "another"
+    old = draft.node().output[0]
+    draft.node().output[0] = "other"
+    for node in draft.proto.graph.node:
+        node.input[:] = ["other" if name == old else name for name in node.input]
+
+
+BOTH = frozenset({"weights", "scales"})
+WEIGHTS, SCALES, ROUTING = (frozenset({name}) for name in ("weights", "scales", "routing"))
+ROWS = (("bits", 4),)
+ASYMMETRIC = (("block_size", 32), ("symmetric", False))
+PACKED = (("target", "cuda"), ("layout", "cutlass_sm80"))
+
+BROKEN = [
+    Broken("gate and up codes swapped", _on("fc1_quantized", _pairs_swapped), WEIGHTS),
+    Broken(
+        "gate and up rows swapped",
+        _both(_on("fc1_quantized", _pairs_swapped), _on("fc1_scales", _pairs_swapped)),
+        BOTH,
+    ),
+    Broken("nibbles swapped", _on("fc2_quantized", _nibbles), WEIGHTS),
+    Broken("scales of another expert", _on("fc1_scales", _next_expert), BOTH),
+    Broken("row scales of another expert", _on("fc2_scales", _next_expert), BOTH, ROWS),
+    Broken(
+        "int2 scales of another expert",
+        _on("fc1_scales", lambda scales: abs(_next_expert(scales)) * np.sign(scales)),
+        SCALES,
+        (("bits", 2), ("block_size", 32)),
+    ),
+    Broken("int8 scales of another expert", _on("fc2_scales", _next_expert), BOTH, (("bits", 8),)),
+    Broken("scales doubled", _on("fc1_scales", lambda scales: 2 * scales), WEIGHTS),
+    Broken("a scale that is no number", _on("fc1_scales", lambda s: s * np.inf), WEIGHTS | BOTH),
+    Broken(
+        "experts swapped",
+        _both(_on("fc1_quantized", _next_expert), _on("fc1_scales", _next_expert)),
+        BOTH,
+    ),
+    Broken("experts of codes swapped", _on("fc2_quantized", _next_expert), WEIGHTS),
+    Broken(
+        "sm90 bytes",
+        _on("fc1_quantized", _relaid("cutlass_sm80", "cutlass_sm90")),
+        WEIGHTS,
+        PACKED,
+        "fp16",
+    ),
+    Broken(
+        "raw bytes declared packed",
+        lambda draft: draft.set(weights_prepacked=1),
+        frozenset({"stored"}),
+    ),
+    Broken(
+        "packed bytes declared raw",
+        lambda draft: draft.set(weights_prepacked=0),
+        frozenset({"stored"}),
+        PACKED,
+        "fp16",
+    ),
+    Broken("zero points dropped", _without_zero_points, WEIGHTS, ASYMMETRIC),
+    Broken(
+        "int2 zero points dropped", _without_zero_points, WEIGHTS, (("bits", 2), *ASYMMETRIC)
+    ),
+    Broken("zero points shifted", _on("fc2_zero_points", _next_expert), WEIGHTS, ASYMMETRIC),
+    Broken("normalize", lambda draft: draft.set(normalize_routing_weights=0), ROUTING),
+    Broken("k", lambda draft: draft.set(k=1), ROUTING),
+    Broken("sparse mixer", lambda draft: draft.set(use_sparse_mixer=1), ROUTING),
+    Broken("router weight", _one_value("layers.0.router.weight"), ROUTING),
+    Broken("softmax before the router", _softmax_before_the_router, ROUTING),
+    Broken("alpha", lambda draft: draft.set(activation_alpha=1.5), frozenset({"attributes"})),
+    Broken("limit", lambda draft: draft.set(swiglu_limit=7.0), frozenset({"attributes"})),
+    Broken("attention", _one_value("layers.1.o.weight"), frozenset({"outside"})),
+    Broken("norm", _one_value("layers.0.norm2.bias"), frozenset({"outside"})),
+    Broken("embedding", _one_value("embedding.weight"), frozenset({"outside"})),
+    Broken(
+        "global scale",
+        _on("fc1_global_scale", lambda scales: 2 * scales),
+        WEIGHTS,
+        (("target", "cpu"), ("format", "nvfp4")),
+    ),
+    Broken(
+        "block scales of nvfp4",
+        _on("fc1_scales", _next_expert),
+        BOTH,
+        (("target", "cpu"), ("format", "nvfp4")),
+    ),
+    Broken("another name", _renamed, frozenset()),
+]
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
+def test_every_fault_fails_its_check(case: Broken, tmp_path: Path) -> None:
+    before = TINY[case.model]
+    after = converted(before, tmp_path / "out", **dict(case.recipe))
+    assert checked(before, after).passed
+    draft = Draft(after)
+    case.edit(draft)
+    draft.save()
+    report = checked(before, after)
+    assert failed(report) == case.checks, report.summary()
+    nodes = {failure.node for failure in report.failed} - {""}
+    assert nodes <= {FIRST}
+    if case.checks and "outside" not in case.checks:
+        assert nodes == {FIRST}
+        with pytest.raises(VerificationError, match=f"{min(case.checks)}: {FIRST}: "):
+            report.raise_if_failed()
