@@ -11,17 +11,21 @@ The CUTLASS order, per expert, with I = 16 / bits and groups of R = 8*I columns:
 column k = (c, g, p) of sizes (I, 4, 2) is stored in the order (g, p, c), which is what a warp's
 lanes load for one tensor-core fragment.
 `cutlass_sm80` also interleaves I rows: [N/I, I, K/64, 64] is stored as [N/I, K/64, I, 64].
+
+The orders are defined in numpy, and compiled where numba can be used: byte-equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_rules.formats import Format, pack, unpack
+from qmoe_rules.quantizers.engine import kernels, patterns
 
 __all__ = ["LAYOUTS", "Layout"]
 
@@ -41,18 +45,47 @@ class Layout:
         prepacked: QMoE's `weights_prepacked` that says so.
         quant_types: The values of `quant_type` that have it.
         transposed: Whether the stored bytes are [K, N*bits/8], not [N, K*bits/8].
-        store: (packed [N, K*bits/8], bits) -> stored bytes.
-        load: (stored bytes, bits) -> packed [N, K*bits/8]; the inverse of `store`.
+        permute: (packed [N, K*bits/8], bits) -> stored bytes, in numpy.
+        restore: (stored bytes, bits) -> packed [N, K*bits/8], in numpy; the inverse of `permute`.
         refuse_shape: (N, K, bits) -> why such a weight cannot be stored so, or None.
+        compiled: Names of the kernels that do what `permute` and `restore` do.
     """
 
     name: str
     prepacked: int
     quant_types: frozenset[str]
     transposed: bool
-    store: Callable[[Bytes, int], Bytes]
-    load: Callable[[Bytes, int], Bytes]
+    permute: Callable[[Bytes, int], Bytes]
+    restore: Callable[[Bytes, int], Bytes]
     refuse_shape: Callable[[int, int, int], str | None]
+    compiled: tuple[str, str] | None = None
+
+    def store(self, packed: Bytes, bits: int) -> Bytes:
+        """Returns the stored bytes of packed codes, uint8 [N, K*bits/8]."""
+        rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
+        kernel = self._kernel(0, rows, columns, bits)
+        if kernel is None:
+            return self.permute(packed, bits)
+        stored = np.empty(self.stored_shape(rows, columns, bits), np.uint8)
+        kernel(patterns(packed), bits, stored)
+        return stored
+
+    def load(self, stored: Bytes, bits: int) -> Bytes:
+        """Returns the packed codes, uint8 [N, K*bits/8], of stored bytes: undoes `store`."""
+        columns, rows = stored.shape[0], stored.shape[1] * 8 // bits
+        kernel = self._kernel(1, rows, columns, bits)
+        if kernel is None:
+            return self.restore(stored, bits)
+        packed = np.empty((rows, columns * bits // 8), np.uint8)
+        kernel(patterns(stored), bits, packed)
+        return packed
+
+    def _kernel(self, which: int, rows: int, columns: int, bits: int) -> Any:
+        """Returns a kernel for this shape, None where there is none: numpy says what is wrong."""
+        engine = kernels() if self.compiled else None
+        if engine is None or self.compiled is None or self.refuse_shape(rows, columns, bits):
+            return None
+        return getattr(engine, self.compiled[which])
 
     def refuse(self, rows: int, columns: int, format: Format) -> str | None:
         """Returns why a [rows, columns] weight of this format cannot be stored so, or None."""
@@ -99,6 +132,8 @@ def _refuse_cutlass_sm90(rows: int, columns: int, bits: int) -> str | None:
 
 
 def _refuse_n_packed(rows: int, columns: int, bits: int) -> str | None:
+    if bits != 4:
+        return f"layout n_packed holds 4-bit codes, not {bits}-bit ones"
     if rows % 2:
         return f"layout n_packed holds two rows per byte, and N={rows} is odd"
     return None
@@ -159,6 +194,7 @@ LAYOUTS: dict[str, Layout] = {
             _store_cutlass_sm80,
             _load_cutlass_sm80,
             _refuse_cutlass_sm80,
+            ("store_tiles", "load_tiles"),
         ),
         Layout(
             "cutlass_sm90",
@@ -169,7 +205,16 @@ LAYOUTS: dict[str, Layout] = {
             _load_cutlass_sm90,
             _refuse_cutlass_sm90,
         ),
-        Layout("n_packed", 0, _FP4, True, _transpose, _transpose, _refuse_n_packed),
+        Layout(
+            "n_packed",
+            0,
+            _FP4,
+            True,
+            _transpose,
+            _transpose,
+            _refuse_n_packed,
+            ("transpose_nibbles", "transpose_nibbles"),
+        ),
         Layout("k_packed", 1, _FP4, False, _as_it_stands, _as_it_stands, _refuse_nothing),
     )
 }

@@ -146,6 +146,7 @@ CUDA = Provider(
             blocks=frozenset({16}),
             reads={-1: _N_PACKED, 0: _N_PACKED, 1: _N_PACKED | _K_PACKED},
             divisor=16,
+            misread_halves=_HALF,
         ),
     },
     mixed=_CUDA_DENSE,

@@ -73,11 +73,11 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         with self._closing:
-            if error is None or self._kept_as is None:
-                shutil.rmtree(self._hidden, ignore_errors=True)
+            kept = error is not None and self._kept_as is not None and self._has_begun()
+            shutil.rmtree(self.path if kept else self._hidden, ignore_errors=True)
         if error is not None:
             self._remove_made()
-        elif sys.platform == "win32":  # which does not remove a file that is locked
+        if not kept and sys.platform == "win32":  # which does not remove a file that is locked
             with contextlib.suppress(OSError):
                 (self._hidden / _LOCK).unlink()
                 self._hidden.rmdir()
@@ -145,6 +145,9 @@ class Staging:
             with contextlib.suppress(OSError):
                 file.unlink()
 
+    def _has_begun(self) -> bool:
+        return any(self._hidden.glob("unfinished/*/*"))
+
     def _claim(self, name: str, file: Path, undo: contextlib.ExitStack) -> None:
         """Moves a file to a name of the destination that nobody else has, even by now."""
         target = self.destination / name
@@ -160,7 +163,10 @@ class Staging:
         if self._kept_as is None:
             return Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
         named = os.fsencode(self.destination / self._kept_as)
-        hidden = parent / f"{HIDDEN}resume-{hashlib.blake2b(named, digest_size=8).hexdigest()}"
+        name = f"{HIDDEN}resume-{hashlib.blake2b(named, digest_size=8).hexdigest()}"
+        # The destination may have come to exist since a save was interrupted.
+        earlier = self.destination.parent / name
+        hidden = earlier if earlier.is_dir() else parent / name
         hidden.mkdir(mode=0o700, exist_ok=True)
         if not self._closing.enter_context(_locked(hidden / _LOCK)):
             raise SaveError(f"another process is saving {self.destination / self._kept_as}")

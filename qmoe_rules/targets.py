@@ -66,13 +66,13 @@ class Provider:
     falls_back: Mapping[str, Provider] = field(default_factory=dict)
     newer: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def reads_normalize(self) -> bool:
-        """Whether `normalize_routing_weights=0` is honoured by every QMoE kernel.
+    def reads_normalize(self, specs: Specs) -> bool:
+        """Returns whether the kernel of a storage honours `normalize_routing_weights=0`.
 
-        Where it is not, the routing weights must come in as the input `router_weights`.
+        Where it does not, the routing weights must come in as the input `router_weights`.
         """
-        return all(kernel.outcomes.get("normalize") == RIGHT for kernel in self.kernels.values())
+        kernels = (self.kernels[spec.format.name] for spec in specs.values())
+        return all(kernel.outcomes.get("normalize") == RIGHT for kernel in kernels)
 
     def refuse_specs(self, specs: Specs) -> str | None:
         """Returns why no node could be stored so, or None."""
@@ -189,11 +189,6 @@ class Target:
     providers: tuple[Provider, ...]
 
     @property
-    def reads_normalize(self) -> bool:
-        """Whether every provider honours `normalize_routing_weights=0` by itself."""
-        return all(provider.reads_normalize for provider in self.providers)
-
-    @property
     def reads_prepacked(self) -> bool:
         """Whether every provider knows the attribute `weights_prepacked`."""
         return all(provider.reads_prepacked for provider in self.providers)
@@ -202,6 +197,10 @@ class Target:
     def wants_limit(self) -> bool:
         """Whether some provider wants `swiglu_limit` to be present."""
         return any(provider.wants_limit for provider in self.providers)
+
+    def reads_normalize(self, specs: Specs) -> bool:
+        """Returns whether every provider honours `normalize_routing_weights=0`, stored so."""
+        return all(provider.reads_normalize(specs) for provider in self.providers)
 
     def signed(self, format: str) -> bool:
         """Returns whether every provider takes negative scales of blocks with a format."""

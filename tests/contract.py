@@ -55,6 +55,7 @@ class Cell:
         k: Experts per token.
         normalize: The `normalize_routing_weights`.
         sparse_mixer: The `use_sparse_mixer`.
+        ties: Whether some logits of a token are equal.
         experts: E.
         hidden: H.
         inter: I.
@@ -77,6 +78,7 @@ class Cell:
     k: int = 2
     normalize: int = 1
     sparse_mixer: int = 0
+    ties: bool = False
     experts: int = 4
     hidden: int = 128
     inter: int = 192
@@ -152,13 +154,16 @@ class Cell:
     def feeds(self) -> Arrays:
         """Returns float32 x [T, H] and router_probs [T, E], exact in the activation type.
 
-        The logits of a token are at least 0.2 apart, so that rounding cannot swap experts.
+        The logits of a token lie half a step apart, so that rounding cannot swap experts; with
+        `ties` every other pair of neighbours is equal.
         """
         rng = np.random.default_rng(self.seed + 1000)
         x = rng.standard_normal((self.tokens, self.hidden))
-        steps = np.arange(self.experts) * min(0.8, 6 / self.experts) - 1.5
-        logits = rng.permuted(np.tile(steps, (self.tokens, 1)), axis=1)
-        logits += rng.uniform(-0.05, 0.05, logits.shape)
+        step = min(0.8, 6 / self.experts)
+        ranks = np.arange(self.experts) + rng.uniform(-0.25, 0.25, (self.tokens, self.experts))
+        if self.ties:
+            ranks = ranks.round() // 2 * 2
+        logits = rng.permuted(ranks, axis=1) * step - 1.5
         feeds = {"x": x, "router_probs": logits}
         return {name: a.astype(self.numpy_dtype).astype(np.float32) for name, a in feeds.items()}
 
@@ -186,13 +191,19 @@ class Cell:
             for name, spec in (specs or self.specs).items()
         }
 
-    def expected(self, weights: Weights | None = None) -> Array:
-        """Returns what the node computes in float64 on its quantized weights [T, H]."""
+    def expected(self, weights: Weights | None = None, lower: float = 0.0) -> Array:
+        """Returns what the node computes in float64 on its quantized weights [T, H].
+
+        Args:
+            weights: The projections, where they are not the cell's own.
+            lower: What the logits of an expert lose for each expert before it.
+        """
         arrays, feeds = self.arrays(), self.feeds()
+        router = feeds["router_probs"] - lower * np.arange(self.experts)
         given: dict[str, Any] = self.attributes | {"use_sparse_mixer": 0}  # no provider reads it
         for name, weight in (weights or self.quantized()).items():
             given |= {name: weight.dequantize(), f"{name}_bias": arrays.get(f"{name}_bias")}
-        return reference.moe(feeds["x"], feeds["router_probs"], **given)
+        return reference.moe(feeds["x"], router, **given)
 
     def expected_float(self) -> Array:
         """Returns what the float MoE computes in float64 [T, H]."""

@@ -607,7 +607,7 @@ def test_a_run_can_be_interrupted_anywhere_and_goes_on(tmp_path: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("change", ["data", "hessian", "model", "resume", "broken"])
+@pytest.mark.parametrize("change", ["data", "hessian", "model", "resume", "broken", "cut"])
 def test_what_was_interrupted_is_not_used_for_something_else(change: str, tmp_path: Path) -> None:
     model, feeds, path = layers(3, SMALL), several(SMALL, 2), tmp_path / "calibration"
     _, progress = stopping(9)
@@ -621,6 +621,9 @@ def test_what_was_interrupted_is_not_used_for_something_else(change: str, tmp_pa
     elif change == "broken":
         (state,) = tmp_path.rglob("state.json")
         state.write_text(state.read_text()[:-9])
+    elif change == "cut":
+        (statistics,) = tmp_path.rglob("statistics")
+        statistics.write_bytes(statistics.read_bytes()[:-9])
     told, progress = stopping(None)
     calibrate(model, feeds, path, progress=progress, **options)
     assert told[0] == 0
@@ -638,6 +641,30 @@ def test_a_tape_that_is_gone_is_run_again(tmp_path: Path) -> None:
     told, progress = stopping(None)
     calibrate(model, feeds, path, progress=progress)
     assert told[0] == 0
+
+
+def test_what_a_killed_run_leaves_is_removed(tmp_path: Path) -> None:
+    model, feeds, path = layers(3, SMALL), several(SMALL, 2), tmp_path / "calibration"
+    kept = set()
+    for after in (9, 1):  # in the third of three layers
+        _, progress = stopping(after)
+        with pytest.raises(_StopError):
+            calibrate(model, feeds, path, progress=progress)
+        (state,) = tmp_path.rglob("state.json")
+        assert not (state.parent / "segment-killed").exists()
+        kept.add(len(list(state.parent.iterdir())))
+        (state.parent / "segment-killed").mkdir()
+        (state.parent / "tape-killed").touch()
+    assert len(kept) == 1
+
+
+def test_an_output_that_nothing_needs_is_not_computed() -> None:
+    arrays = SMALL.arrays()
+    arrays["fc2"][:] = np.nan
+    graph = Graph()
+    x, router = graph_inputs(graph, SMALL)
+    y = graph.moe(x, router, graph.weights(arrays), **SMALL.attributes)
+    assert calibrate(graph.model(y), several(SMALL, 1)).tokens == 40
 
 
 # Real models.

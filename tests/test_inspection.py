@@ -1,7 +1,8 @@
-"""`inspect`: what MoE and QMoE nodes a file holds, as the file says it."""
+"""`inspect`: what MoE and QMoE nodes a file holds, and what would become of them on a target."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from qmoe_rules import SourceError, quantize
+from qmoe_rules import ConfigError, SourceError, quantize
+from qmoe_rules.cli import main
 from qmoe_rules.inspection import NodeSummary, inspect
+from qmoe_rules.providers import TARGETS
 
 
 @pytest.fixture
@@ -183,3 +186,93 @@ def test_model_without_any_gives_an_empty_list(source: Path) -> None:
 def test_model_that_cannot_be_used_is_a_source_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         inspect(tmp_path / "absent.onnx")
+
+
+# --- The audit -----------------------------------------------------------------------------------
+
+PACKED: dict[str, Any] = {"bits": 8, "layout": "cutlass_sm80", "target": "cuda"}
+REASON = (
+    "the CPU provider takes the bytes for raw ones, as weights_prepacked=1; their shape says "
+    "cutlass_sm80"
+)
+
+
+def test_without_a_target_nothing_is_judged(tiny_fp16: Path) -> None:
+    for node in inspect(tiny_fp16):
+        assert (node.verdict, node.reason, node.remedy, node.notes) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_made_for_a_target_is_right_there(
+    target: str, source: Path, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "out.onnx", target=target, block_size=128)
+    for node in inspect(tmp_path / "out.onnx", target):
+        assert (node.op, node.verdict, node.reason, node.remedy) == ("QMoE", "right", "", "")
+
+
+def test_a_verdict_comes_with_its_reason_and_what_mends_it(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out.onnx", nodes_to_exclude=["layers.1.*"], **PACKED)
+    quantized, kept = inspect(tmp_path / "out.onnx", "portable")
+    assert (quantized.verdict, quantized.reason) == ("computes garbage", REASON)
+    assert quantized.remedy == ("relayout_qmoe_rules('raw'); or it is right as it stands for cuda")
+    assert quantized.notes == ()
+    assert (kept.op, kept.verdict, kept.reason) == ("MoE", "right", "")
+
+
+def test_an_unknown_target(tiny_fp16: Path) -> None:
+    with pytest.raises(ConfigError, match="target='rocm'; it may be 'portable', 'cpu', 'cuda'"):
+        inspect(tiny_fp16, "rocm")
+
+
+def test_the_command_prints_verdicts_and_exits_1_for_garbage(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "out.onnx")
+    quantize(source, path, **PACKED)
+    assert main(["inspect", path, "--target", "cpu"]) == 1
+    title, *rows, reason, remedy = capsys.readouterr().out.splitlines()
+    assert title.split()[-1] == "verdict"
+    assert [row.rstrip().endswith("computes garbage") for row in rows] == [True, True]
+    assert reason == f"layers.0.moe and 1 more computes garbage: {REASON}"
+    assert remedy == (
+        "    to mend it: relayout_qmoe_rules('raw'); or it is right as it stands for cuda"
+    )
+    assert main(["inspect", path, "--target", "cuda"]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-1] for row in rows] == ["right", "right"]
+    assert main(["inspect", path]) == 0
+    assert "verdict" not in capsys.readouterr().out
+
+
+def test_what_is_refused_is_no_garbage(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "out.onnx")
+    quantize(source, path, block_size=16, target="cpu")
+    assert main(["inspect", path, "--target", "cuda"]) == 0
+    out = capsys.readouterr().out
+    assert "layers.0.moe and 1 more refuses to run: the CUDA provider does not take" in out
+
+
+def test_the_command_prints_notes_once(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "out.onnx")
+    quantize(source, path, bits=8, block_size=32)
+    assert main(["inspect", path, "--target", "cpu"]) == 0
+    assert capsys.readouterr().out.count("note: the CPU provider rounds activations") == 1
+
+
+def test_json_has_the_verdicts(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "out.onnx")
+    quantize(source, path, **PACKED)
+    assert main(["inspect", path, "--target", "cpu", "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["verdict"], first["reason"]) == ("computes garbage", REASON)
+    assert first["remedy"].startswith("relayout_qmoe_rules('raw')")
+    assert second["notes"] == []
+    assert main(["inspect", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["verdict"] is None

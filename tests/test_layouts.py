@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_rules import reference
+from qmoe_rules import layouts, reference
 from qmoe_rules.formats import FORMATS, Format, Spec, pack, unpack
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantized import QuantizedWeights
@@ -33,6 +33,13 @@ PAIRS = [
     *((layout, name) for layout in PACKED for name in ("int2", "int4", "int8")),
     *((layout, name) for layout in ("n_packed", "k_packed") for name in ("mxfp4", "nvfp4")),
 ]
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def _each_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the compiled orders, where there are any, and with their definitions."""
+    if request.param == "numpy":
+        monkeypatch.setattr(layouts, "kernels", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,7 @@ def test_the_cases_are_all_that_the_golden_file_holds(golden: dict[str, Bytes]) 
     assert sorted(golden) == sorted(f"{kind}_{case}" for kind in kinds for case in CASES)
 
 
+@pytest.mark.usefixtures("_each_engine")
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_equal_those_of_the_packer_of_onnxruntime(
@@ -102,6 +110,7 @@ def packed_by_formula(codes: Bytes, bits: int, layout: str) -> Bytes:
     return pack(fields.reshape(columns, rows), bits)
 
 
+@pytest.mark.usefixtures("_each_engine")
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize(
     ("bits", "rows", "columns"),
@@ -111,6 +120,7 @@ def test_the_order_is_the_closed_formula(layout: str, bits: int, rows: int, colu
     raw = random_raw(rows, columns, bits)
     expected = packed_by_formula(unpack(raw, bits), bits, layout)
     np.testing.assert_array_equal(LAYOUTS[layout].store(raw, bits), expected)
+    np.testing.assert_array_equal(LAYOUTS[layout].load(expected, bits), raw)
 
 
 @settings(max_examples=120, deadline=None)
@@ -161,12 +171,14 @@ def test_the_packed_bytes_as_they_stand(layout: str) -> None:
     assert LAYOUTS[layout].stored_shape(3, 10, 4) == (3, 5)
 
 
+@pytest.mark.usefixtures("_each_engine")
 def test_n_packed_holds_two_rows_in_a_byte_the_even_one_low() -> None:
     raw = random_raw(6, 10, 4)
     codes, stored = unpack(raw, 4), LAYOUTS["n_packed"].store(raw, 4)
     assert stored.shape == LAYOUTS["n_packed"].stored_shape(6, 10, 4) == (10, 3)
     for n, k in np.ndindex(codes.shape):
         assert stored[k, n // 2] >> 4 * (n % 2) & 15 == codes[n, k]
+    np.testing.assert_array_equal(LAYOUTS["n_packed"].load(stored, 4), raw)
 
 
 def test_what_a_node_says_of_a_layout() -> None:

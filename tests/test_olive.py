@@ -102,6 +102,34 @@ def test_the_recipe_is_handed_on(olive: Any, tiny_fp16: Path, tmp_path: Path) ->
     assert attributes["weights_prepacked"] == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "quant_type", "bits", "zero_points"),
+    [
+        ({"format": "nvfp4", "target": "cpu"}, b"nvfp4", 4, False),
+        ({"bits": 8, "block_size": 32, "symmetric": False}, b"int", 8, True),
+    ],
+)
+def test_formats_and_zero_points_are_handed_on(
+    olive: Any,
+    tiny_fp16: Path,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    quant_type: bytes,
+    bits: int,
+    zero_points: bool,
+) -> None:
+    out = run(olive, tiny_fp16, tmp_path / "out", **fields)
+    for node in out.load_model().graph.node:
+        if node.op_type == "QMoE":
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            assert (attributes["quant_type"], attributes["expert_weight_bits"]) == (
+                quant_type,
+                bits,
+            )
+            assert any(name.endswith("zero_points") for name in node.input) == zero_points
+    assert count(Path(out.model_path)) == 2
+
+
 def test_null_stands_for_the_default(olive: Any, tiny_fp32: Path, tmp_path: Path) -> None:
     out = run(olive, tiny_fp32, tmp_path / "out", bits=None, overrides=None, force_arch=None)
     assert count(Path(out.model_path)) == 2

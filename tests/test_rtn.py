@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -29,14 +24,12 @@ from onnxruntime.capi._pybind_state import (
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Format, Spec, pack, unpack
 from qmoe_rules.quantized import QuantizedWeights
+from qmoe_rules.quantizers.engine import kernels
 from qmoe_rules.quantizers.rtn import rtn, rtn_numpy, smallest_scale
 
 Weight = npt.NDArray[np.generic]
 DType = np.dtype[np.generic]
 Engine = Callable[[Weight, Spec], QuantizedWeights]
-
-# The package's attribute of this name is the function.
-rtn_module = importlib.import_module("qmoe_rules.quantizers.rtn")
 
 DTYPES = list(SCALE_DTYPES.values())
 INTEGERS = [format for format in FORMATS.values() if format.element is None]
@@ -54,7 +47,7 @@ each_engine = pytest.mark.parametrize("engine", [rtn, rtn_numpy], ids=["compiled
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_engine() -> None:
     """Without it, every comparison of the engines would compare numpy with itself."""
-    assert rtn_module._kernels() is not None
+    assert kernels() is not None
 
 
 def assert_same(one: QuantizedWeights, other: QuantizedWeights) -> None:
@@ -453,99 +446,6 @@ def test_rows_of_odd_lengths_fill_their_bytes(format: Format, columns: int) -> N
         assert quantized.packed.shape == spec.packed_shape(3, columns)
         assert_same(quantized, rtn_numpy(weight, spec))
         assert_meets_the_definition(quantized, weight)
-
-
-# The compiled engine's own arithmetic.
-
-
-@pytest.fixture
-def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the import of the compiled engine fail, as it does without numba."""
-    monkeypatch.setitem(sys.modules, "qmoe_rules.quantizers._kernels", None)
-    rtn_module._kernels.cache_clear()
-    yield
-    rtn_module._kernels.cache_clear()
-
-
-@pytest.mark.usefixtures("_no_kernels")
-def test_without_the_compiled_engine_numpy_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Spec] = []
-
-    def watched(weight: Weight, spec: Spec) -> QuantizedWeights:
-        asked.append(spec)
-        return rtn_numpy(weight, spec)
-
-    monkeypatch.setattr(rtn_module, "rtn_numpy", watched)
-    weight, spec = ordinary(DTYPES[0]), Spec(FORMATS["int4"], 32)
-    assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
-    assert asked == [spec]
-
-
-def _kernels() -> Any:
-    return importlib.import_module("qmoe_rules.quantizers._kernels")
-
-
-@pytest.mark.parametrize(("name", "bits"), [("float16", 16), ("bfloat16", 16)])
-def test_every_16_bit_pattern_is_decoded(name: str, bits: int) -> None:
-    kernels, patterns = _kernels(), np.arange(2**bits, dtype=np.uint16)
-    meant = patterns.view(SCALE_DTYPES[name]).astype(np.float32)
-    values = np.empty(2**bits, np.float32)
-    kernels._decode(patterns, getattr(kernels, name.upper()), values)
-    finite = np.isfinite(meant)
-    np.testing.assert_array_equal(values.view(np.uint32)[finite], meant.view(np.uint32)[finite])
-
-
-DECODE_WITHOUT_HALF_INSTRUCTIONS = """
-import platform
-import llvmlite.binding as llvm
-features = llvm.get_host_cpu_features()
-features.pop("f16c", None)
-llvm.get_host_cpu_features = lambda: features
-platform.machine = lambda: "a machine without float16"
-import numpy as np
-from qmoe_rules.quantizers import _kernels
-assert not _kernels._HAS_NATIVE_HALF
-patterns = np.arange(2**16, dtype=np.uint16)
-meant = patterns.view(np.float16).astype(np.float32)
-values = np.empty(2**16, np.float32)
-_kernels._decode(patterns, _kernels.FLOAT16, values)
-finite = np.isfinite(meant)
-np.testing.assert_array_equal(values.view(np.uint32)[finite], meant.view(np.uint32)[finite])
-print(finite.sum())
-"""
-
-
-def test_every_float16_is_decoded_on_processors_that_have_none(tmp_path: Path) -> None:
-    """In a process of its own, with its own cache, so that no kernel compiled here is reused."""
-    done = subprocess.run(
-        [sys.executable, "-c", DECODE_WITHOUT_HALF_INSTRUCTIONS],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 2**16 - 2 * 2**10  # all but infinities and NaN
-
-
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_scales_are_rounded_to_16_bits_as_numpy_rounds(name: str) -> None:
-    """Near and at the middle between neighbours, from subnormals to the largest number."""
-    kernels, dtype = _kernels(), SCALE_DTYPES[name]
-    last = int(np.array(limits(dtype).max, dtype).view(np.uint16))
-    patterns = np.linspace(0, last, 2000).astype(np.uint16)
-    below = patterns.view(dtype).astype(np.float64)
-    above = np.minimum(patterns + 1, last).astype(np.uint16).view(dtype).astype(np.float64)
-    middle = ((below + above) / 2).astype(np.float32)
-    near = [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))]
-    values = np.concatenate([*near, below.astype(np.float32)])
-    values = np.concatenate([values, -values])
-    kind = getattr(kernels, name.upper())
-    encoded = [kernels._encode_scale(value, kind) for value in values]
-    expected = values.astype(dtype)
-    np.testing.assert_array_equal([pattern for pattern, _ in encoded], expected.view(np.uint16))
-    np.testing.assert_array_equal([value for _, value in encoded], expected.astype(np.float32))
 
 
 # ONNX Runtime's own tool.

@@ -356,7 +356,11 @@ def test_layouts_that_would_be_misread_are_refused(
 
 def test_what_a_node_must_say_for_a_target() -> None:
     said = {
-        name: (target.reads_normalize, target.reads_prepacked, target.wants_limit)
+        name: (
+            target.reads_normalize(specs_of("int4", 32)),
+            target.reads_prepacked,
+            target.wants_limit,
+        )
         for name, target in TARGETS.items()
     }
     assert said == {
@@ -366,6 +370,15 @@ def test_what_a_node_must_say_for_a_target() -> None:
         "webgpu": (False, True, False),
         "trt-rtx": (False, False, True),
     }
+
+
+def test_the_cpu_routes_its_packed_formats_as_the_node_says() -> None:
+    honoured = {
+        format
+        for format, block in (("int4", 32), ("int3", 32), ("mxfp4", 32), ("nvfp4", 16))
+        if TARGETS["cpu"].reads_normalize(specs_of(format, block))
+    }
+    assert honoured == {"int3", "mxfp4", "nvfp4"}
 
 
 def test_who_takes_no_negative_scales() -> None:

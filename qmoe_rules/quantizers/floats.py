@@ -5,11 +5,15 @@ Microscaling specification defines it (section 6.3). Weights that are mxfp4 valu
 through exactly. nvfp4: the expert's scale, max|w| / (6 * 448), leaves the block scales
 max|w| / 6 the whole range of float8e4m3fn. fp8: max|w| / 448, in float32, for every square block or
 for the expert.
+
+A code is the float nearest to weight / step, where step is what a code of 1 means. The laws of the
+scales are written once, in numpy; what takes time, the peaks and the codes, is compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,15 +21,30 @@ import numpy.typing as npt
 
 from qmoe_rules.formats import Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
-from qmoe_rules.quantizers._checks import check, finite_float32
+from qmoe_rules.quantizers._checks import check, finite_float32, not_finite
+from qmoe_rules.quantizers.engine import infinity, kernels, patterns
 
-__all__ = ["float_rtn"]
+__all__ = ["float_rtn", "float_rtn_numpy"]
 
 Float32 = npt.NDArray[np.float32]
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _E4M3_MAX, _E4M3_SMALLEST = np.float32(448), np.float32(2.0**-9)
 _E8M0_EXPONENTS = (-127, 127)
+
+
+class _Scales(NamedTuple):
+    """The scales of one expert.
+
+    Attributes:
+        stored: As they are stored, one per block.
+        steps: What a code of 1 means, float32, one per block.
+        whole: The expert's scale; None where the format has none.
+    """
+
+    stored: npt.NDArray[np.generic]
+    steps: Float32
+    whole: Float32 | None = None
 
 
 def float_rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
@@ -40,54 +59,71 @@ def float_rtn(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
         ValueError: The weights have another type or a shape that `spec` cannot hold.
     """
     check(weight, spec)
-    return _BY_QUANT_TYPE[spec.format.quant_type](finite_float32(weight), spec)
+    engine = kernels()
+    if engine is None:
+        return float_rtn_numpy(weight, spec)
+    rows, columns = weight.shape
+    band, block = _reach(spec, rows, columns)
+    bits = patterns(weight)
+    peaks = np.zeros((-(-rows // band), -(-columns // block)), np.float32)
+    bad_row = engine.block_peaks(bits, infinity(weight.dtype), block, band, peaks)
+    if bad_row >= 0:
+        raise not_finite(bad_row)
+    scales = _LAWS[spec.format.quant_type](peaks, spec)
+    packed = np.empty(spec.packed_shape(rows, columns), np.uint8)
+    engine.round_floats(bits, scales.steps, block, band, spec.format.bits, packed)
+    return _quantized(packed, scales, spec)
 
 
-def _mxfp4(values: Float32, spec: Spec) -> QuantizedWeights:
-    blocks = values.reshape(len(values), -1, spec.block_size)
-    peak = np.abs(blocks).max(axis=2)
-    _, exponent = np.frexp(peak)  # peak = m * 2^exponent with m in [1/2, 1)
-    exponent = np.where(peak > 0, np.clip(exponent - 3, *_E8M0_EXPONENTS), 0)
-    codes = spec.format.encode(np.ldexp(blocks, -exponent[..., None])).reshape(values.shape)
-    scales = np.ldexp(np.float32(1), exponent).astype(ml_dtypes.float8_e8m0fnu)
-    return QuantizedWeights(pack(codes, 4), scales, spec, global_scale=np.asarray(np.float32(1)))
-
-
-def _nvfp4(values: Float32, spec: Spec) -> QuantizedWeights:
-    blocks = values.reshape(len(values), -1, spec.block_size)
-    peak = np.abs(blocks).max(axis=2)
-    top = np.float32(spec.format.max_value)
-    whole = max(np.float32(peak.max() / (top * _E4M3_MAX)), _SMALLEST_NORMAL)
-    scales = np.minimum(peak / top / whole, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-    scales[(peak > 0) & (scales == 0)] = _E4M3_SMALLEST
-    step = scales.astype(np.float32) * whole
-    codes = spec.format.encode(_divided(blocks, step[..., None])).reshape(values.shape)
-    return QuantizedWeights(pack(codes, 4), scales, spec, global_scale=np.asarray(whole))
-
-
-def _fp8(values: Float32, spec: Spec) -> QuantizedWeights:
-    top = np.float32(spec.format.max_value)
-    if not spec.block_size:
-        whole = np.float32(np.abs(values).max() / top)
-        codes = spec.format.encode(_divided(values, whole))
-        return QuantizedWeights(codes, np.asarray(whole), spec)
+def float_rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
+    """The meaning of `float_rtn`, in plain numpy; byte-equal to it, and its stand-in."""
+    check(weight, spec)
+    values = finite_float32(weight)
     rows, columns = values.shape
-    size = spec.block_size
-    padded = np.pad(np.abs(values), ((0, -rows % size), (0, -columns % size)))
-    tiles = padded.reshape(spec.blocks(rows), size, spec.blocks(columns), size)
-    scales = tiles.max(axis=(1, 3)) / top
-    step = np.repeat(np.repeat(scales, size, axis=0)[:rows], size, axis=1)[:, :columns]
-    return QuantizedWeights(spec.format.encode(_divided(values, step)), scales, spec)
-
-
-def _divided(values: Float32, step: npt.NDArray[np.float32] | np.float32) -> Float32:
-    """Returns values / step, and 0 where the step is 0."""
+    band, block = _reach(spec, rows, columns)
+    padded = np.pad(np.abs(values), ((0, -rows % band), (0, -columns % block)))
+    blocks = padded.reshape(padded.shape[0] // band, band, padded.shape[1] // block, block)
+    scales = _LAWS[spec.format.quant_type](blocks.max(axis=(1, 3)), spec)
+    steps = np.repeat(np.repeat(scales.steps, band, axis=0)[:rows], block, axis=1)[:, :columns]
     quotient = np.zeros_like(values)
-    np.divide(values, step, out=quotient, where=np.broadcast_to(step, values.shape) != 0)
-    return quotient
+    np.divide(values, steps, out=quotient, where=steps != 0)
+    codes = spec.format.encode(quotient)
+    return _quantized(pack(codes, spec.format.bits), scales, spec)
 
 
-_BY_QUANT_TYPE: dict[str, Callable[[Float32, Spec], QuantizedWeights]] = {
+def _reach(spec: Spec, rows: int, columns: int) -> tuple[int, int]:
+    """Returns the rows and the columns that share a scale."""
+    if not spec.format.square:
+        return 1, spec.block_size
+    return spec.block_size or rows, spec.block_size or columns
+
+
+def _quantized(packed: npt.NDArray[np.uint8], scales: _Scales, spec: Spec) -> QuantizedWeights:
+    stored = scales.stored if spec.has_scales else scales.stored.reshape(())
+    return QuantizedWeights(packed, stored, spec, global_scale=scales.whole)
+
+
+def _mxfp4(peaks: Float32, spec: Spec) -> _Scales:
+    _, exponent = np.frexp(peaks)  # peak = m * 2^exponent with m in [1/2, 1)
+    exponent = np.where(peaks > 0, np.clip(exponent - 3, *_E8M0_EXPONENTS), 0)
+    steps = np.ldexp(np.float32(1), exponent)
+    return _Scales(steps.astype(ml_dtypes.float8_e8m0fnu), steps, np.asarray(np.float32(1)))
+
+
+def _nvfp4(peaks: Float32, spec: Spec) -> _Scales:
+    top = np.float32(spec.format.max_value)
+    whole = max(np.float32(peaks.max() / (top * _E4M3_MAX)), _SMALLEST_NORMAL)
+    stored = np.minimum(peaks / top / whole, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    stored[(peaks > 0) & (stored == 0)] = _E4M3_SMALLEST
+    return _Scales(stored, stored.astype(np.float32) * whole, np.asarray(whole))
+
+
+def _fp8(peaks: Float32, spec: Spec) -> _Scales:
+    steps = peaks / np.float32(spec.format.max_value)
+    return _Scales(steps, steps)
+
+
+_LAWS: dict[str, Callable[[Float32, Spec], _Scales]] = {
     "fp4": _mxfp4,
     "nvfp4": _nvfp4,
     "fp8": _fp8,

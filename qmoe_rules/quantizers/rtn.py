@@ -11,36 +11,17 @@ scale = (high - low) / (2^bits - 1), zero_point = round(-low / scale).
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
-from types import ModuleType
-
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_rules.formats import Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers._checks import check, finite_float32, not_finite
+from qmoe_rules.quantizers.engine import infinity, kernels, patterns
 from qmoe_rules.quantizers.floats import float_rtn
 from qmoe_rules.statistics import Statistics
 
 __all__ = ["rtn", "rtn_numpy", "smallest_scale"]
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """Returns the compiled engine, or None where numba has no build: same bytes, more slowly.
-
-    Imported on first use: numba takes half a second that a dry run need not spend.
-    """
-    try:
-        return importlib.import_module("qmoe_rules.quantizers._kernels")
-    except ImportError as error:
-        logger.warning("numba cannot be used, and numpy is several times slower: %s", error)
-        return None
 
 
 def smallest_scale(dtype: np.dtype) -> np.float32:
@@ -74,30 +55,30 @@ def rtn(
     check(weight, spec)
     if spec.format.element is not None:
         return float_rtn(weight, spec)
-    kernels = _kernels()
-    if kernels is None or not spec.symmetric or spec.format.bits not in (4, 8):
+    engine = kernels()
+    if engine is None:
         return rtn_numpy(weight, spec)
     rows, columns = weight.shape
-    kinds = {
-        "float32": kernels.FLOAT32,
-        "float16": kernels.FLOAT16,
-        "bfloat16": kernels.BFLOAT16,
-    }
-    pattern = np.uint32 if weight.dtype.itemsize == 4 else np.uint16
-    packed = np.empty(spec.packed_shape(rows, columns), np.uint8)
+    bits = patterns(weight)
     scales = np.empty((rows, spec.blocks(columns)), weight.dtype)
-    bad_row = kernels.rtn_rows(
-        np.ascontiguousarray(weight).view(pattern),
-        kinds[weight.dtype.name],
+    points = None if spec.symmetric else np.empty(scales.shape, np.uint8)
+    packed = np.empty(spec.packed_shape(rows, columns), np.uint8)
+    bad_row = engine.round_integers(
+        bits,
+        infinity(weight.dtype),
+        np.asarray(smallest_scale(weight.dtype), weight.dtype).view(bits.dtype)[()],
         spec.format.bits,
         spec.block_size or columns,
         _is_signed(spec),
         packed,
-        scales.view(pattern),
+        scales.view(bits.dtype),
+        points,
     )
     if bad_row >= 0:
         raise not_finite(bad_row)
-    return QuantizedWeights(packed, scales.reshape(spec.scales_shape(rows, columns)), spec)
+    shape = spec.scales_shape(rows, columns)
+    stored = None if points is None else points.reshape(shape)
+    return QuantizedWeights(packed, scales.reshape(shape), spec, stored)
 
 
 def rtn_numpy(weight: npt.NDArray[np.generic], spec: Spec) -> QuantizedWeights:
@@ -145,6 +126,7 @@ def _ranges(
     low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], spec: Spec
 ) -> npt.NDArray[np.float32]:
     steps = np.float32(spec.format.max_code)
-    # Divided before they are subtracted: the range of float32 weights may overflow.
-    scales = np.maximum(high, 0) / steps - np.minimum(low, 0) / steps
+    # Divided before they are subtracted: the range of float32 weights may overflow. Without the
+    # sign that a negative zero may leave.
+    scales = np.abs(np.maximum(high, 0) / steps - np.minimum(low, 0) / steps)
     return scales.astype(np.float32, copy=False)

@@ -131,9 +131,10 @@ class MoEToQMoE(RewriteRuleClassBase):
             self._leftovers.replaced(source)
             self._leftovers.made(*planned.values())
         attributes = conversion.attributes
-        target = conversion.recipe.provider_target
-        if not attributes["normalize_routing_weights"] and not target.reads_normalize:
-            # The CPU kernel always renormalizes over the top-k, unless it is given the weights.
+        recipe = conversion.recipe
+        honoured = recipe.provider_target.reads_normalize(recipe.specs)
+        if not attributes["normalize_routing_weights"] and not honoured:
+            # The CPU's integers are always renormalized over the top-k, unless it has the weights.
             inputs["router_weights"] = op.Softmax(given["router_probs"], axis=-1)
         quantized: ir.Value = op.QMoE(
             *ops.slots("QMoE", inputs),

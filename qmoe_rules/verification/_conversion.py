@@ -194,6 +194,8 @@ def _computed(
     exact, expected = conversion.expected(inputs)
     error = execution.relative_error(expected, exact)
     result = replace(result, output_error=error, inputs=inputs.origin)
+    if not np.isfinite(expected).all():
+        return result.failing(Failure("weights", "what they compute is not finite"))
     provider = settings.provider
     if reason := obstacle(Pair(conversion.before, conversion.after), provider):
         return result.noting(f"checked with the reference alone: {reason}")

@@ -110,7 +110,7 @@ def _follow(scales: npt.NDArray[Any], expected: npt.NDArray[Any], spec: Spec) ->
     There is none where the scales are few, or those that are expected nearly the same.
     """
     pair = [np.abs(each.astype(np.float64)).ravel() for each in (scales, expected)]
-    used = (pair[0] > 0) & (pair[1] > 0)
+    used = (pair[0] > 0) & (pair[1] > 0) & np.isfinite(pair[0])
     if used.sum() < _ENOUGH_SCALES or not spec.has_scales:
         return None
     found, wanted = (np.log(each[used]) for each in pair)

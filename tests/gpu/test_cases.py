@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.case import GARBAGE, REFUSED, RIGHT, Case
+from tests.gpu.case import BY_CHANCE, GARBAGE, REFUSED, RIGHT, Case
 from tests.gpu.cases import cases, write
 from tests.gpu.run_case import read_cases, run, run_all, run_apart, verdict
 
@@ -26,7 +26,7 @@ def test_the_library_converts_what_the_device_computes_right_and_nothing_else(gr
         if case.group != group or case.forge:
             continue
         made = case.made()[1] is None
-        if case.verdicts == GARBAGE:
+        if "garbage" in case.verdicts:
             assert not made, case.title
         elif not case.stricter:
             assert made == (case.verdicts == RIGHT), case.title
@@ -34,7 +34,7 @@ def test_the_library_converts_what_the_device_computes_right_and_nothing_else(gr
 
 def test_every_case_has_one_verdict_and_a_message_only_where_it_is_refused() -> None:
     for case in CASES:
-        assert case.verdicts in (RIGHT, REFUSED, GARBAGE), case.title
+        assert case.verdicts in (RIGHT, REFUSED, GARBAGE, BY_CHANCE), case.title
         assert not case.message or case.verdicts == REFUSED, case.title
 
 

@@ -1,0 +1,15 @@
+"""The compiled engine. Importing it imports numba: `engine.kernels` does so when it is needed."""
+
+from __future__ import annotations
+
+from qmoe_rules.quantizers._kernels.permuting import load_tiles, store_tiles, transpose_nibbles
+from qmoe_rules.quantizers._kernels.rounding import block_peaks, round_floats, round_integers
+
+__all__ = [
+    "block_peaks",
+    "load_tiles",
+    "round_floats",
+    "round_integers",
+    "store_tiles",
+    "transpose_nibbles",
+]
