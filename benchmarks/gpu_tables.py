@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_tables.py results.json bench.json > docs/gpu.md
 
-results.json is what `tests/gpu/run_case.py FOLDER --out` wrote, bench.json what `bench_gpu.py`
-wrote. Prints Markdown; either file may be left out.
+results.json is what `tests/gpu/run_case.py FOLDER --out` wrote, once or several times under several
+names, bench.json what `bench_gpu.py` wrote. Prints Markdown; any file may be left out.
 """
 
 from __future__ import annotations
@@ -54,48 +54,61 @@ def _speed_lines(rows: Sequence[Row], mode: str) -> Iterator[list[str]]:
     yield ["stored", *_COSTS.values(), *(f"{count} tokens" for count in tokens)]
     for stored in dict.fromkeys(row["stored"] for row in rows):
         own = next(row for row in rows if row["stored"] == stored)
-        head = [f"{own[name]:.3g}" if name in own else "-" for name in _COSTS]
+        head = [form.format(own[name]) if name in own else "-" for name, form in _FORMS.items()]
         errors = [row["error"] for row in rows if row["stored"] == stored and "error" in row]
-        cells = [
-            _speed(times[stored, count], times.get(("float16", count)))
-            if (stored, count) in times
-            else _short(errors[0])
-            if errors
-            else "-"
-            for count in tokens
-        ]
-        yield [stored, *head, *cells]
+        if not any((stored, count) in times for count in tokens):
+            yield [stored, *head, _short(errors[0]) if errors else "-", *["-"] * (len(tokens) - 1)]
+            continue
+        pairs = ((times.get((stored, n)), times.get(("float16", n))) for n in tokens)
+        yield [stored, *head, *(_speed(*pair) for pair in pairs)]
 
 
 _COSTS = {"file_mib": "file, MiB", "device_mib": "device, MiB", "load_s": "load, s"}
+_FORMS = {"file_mib": "{}", "device_mib": "{}", "load_s": "{:.2f}"}
 
 
-def _speed(ms: float, floats: float | None) -> str:
+def _speed(ms: float | None, floats: float | None) -> str:
+    if ms is None:
+        return "-"
     return f"{ms:.3f} ({floats / ms:.2f}x)" if floats else f"{ms:.3f}"
 
 
-def case_tables(measured: Mapping[str, Any]) -> str:
-    """Returns what became of the cases, by group: the right ones in a list, the rest in a table."""
-    pairs = list(zip(measured["cases"], measured["results"], strict=False))
+def case_tables(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what became of the cases, by group: the right ones in a list, the rest in a table.
+
+    Args:
+        runs: What was measured, once or several times; the cases are those of the last one.
+    """
+    cases = runs[-1]["cases"]
+    found: dict[str, list[Row]] = {case["name"]: [] for case in cases}
+    for result in (result for run in runs for result in run["results"]):
+        found.setdefault(result["name"], []).append(result)
     parts = []
-    for group in dict.fromkeys(case["group"] for case, _ in pairs):
-        mine = [(case, result) for case, result in pairs if case["group"] == group]
+    for group in dict.fromkeys(case["group"] for case in cases):
+        mine = [(case, found[case["name"]]) for case in cases if case["group"] == group]
         good = [pair for pair in mine if _is_good(*pair)]
         parts.append(f"### {group[0].upper()}{group[1:]}")
         if good:
-            errors = [result["error"] for _, result in good]
+            errors = [result["error"] for _, results in good for result in results]
             titles = "; ".join(case["title"] for case, _ in good)
             span = f"{min(errors):.1e} to {max(errors):.1e}"
             parts.append(f"Right and converted, {len(good)} cases, {span}: {titles}.")
         if len(good) < len(mine):
             rest = [pair for pair in mine if pair not in good]
-            lines = [[case["title"], _outcome(result), _library(case)] for case, result in rest]
+            lines = [[case["title"], _outcomes(results), _library(case)] for case, results in rest]
             parts.append(table([["case", "device", "library"], *lines]))
     return "\n\n".join(parts)
 
 
-def _is_good(case: Row, result: Row) -> bool:
-    return result["verdict"] == "right" and case["library"] in ("converts", "-")
+def _is_good(case: Row, results: Sequence[Row]) -> bool:
+    right = all(result["verdict"] == "right" for result in results)
+    return bool(results) and right and case["library"] in ("converts", "-")
+
+
+def _outcomes(results: Sequence[Row]) -> str:
+    """Returns what became of a case, once per verdict."""
+    verdicts = {result["verdict"]: _outcome(result) for result in results}
+    return " or ".join(verdicts.values()) or "not run"
 
 
 def _outcome(result: Row) -> str:
@@ -130,9 +143,11 @@ _PAGE = """# What a CUDA device computes
 
 Every case of `tests/gpu/` is one node in a process of its own, with CPU fallback disabled, compared
 with the float64 reference on the dequantized weights: ||difference|| / ||expected||, the worst of
-three runs. "Garbage" ran and was wrong, without a message. Where the library converts a case for
-target `cuda`, the model is the rules' own; else it was built by hand. A cell's defaults: float16,
-4 experts, 2 per token, 6 tokens, H=128, I=192, biases, swiglu interleaved, weights normalized.
+three runs. "Garbage" ran and was wrong, without a message; "right or garbage" is decided anew by
+every session, which times several kernels and keeps the fastest. Where the library converts a case
+for target `cuda`, the model is the rules' own; else it was built by hand. A cell's defaults:
+float16, 4 experts, 2 per token, 6 tokens, H=128, I=192, biases, swiglu interleaved, weights
+normalized.
 
     python -m tests.gpu.cases FOLDER                              where the project is installed
     python tests/gpu/run_case.py FOLDER --out results.json        where the device is
@@ -144,21 +159,25 @@ target `cuda`, the model is the rules' own; else it was built by hand. A cell's 
 
 _SPEED = """Milliseconds of one layer, and how many times faster than float16. Weights and inputs
 are random, so every token finds other experts. Run by run, a few tokens wait for the host, which
-launches kernels in about 0.07 ms; replayed as a CUDA graph, the time is the device's. "Device" is
-what the session holds, prepacked weights included; "load" is the time to make it."""
+launches the kernels; replayed as a CUDA graph, the time is the device's. "Device" is what the
+session holds, prepacked weights included; "load" is the time to make it."""
 
 
 def main() -> None:
     """Prints the page from the files that are named."""
+    files = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
+    runs, speeds = ([f for f in files if key in f] for key in ("cases", "rows"))
     parts = [_PAGE]
-    for path in map(Path, sys.argv[1:]):
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        said = ", ".join(f"{name} {value}" for name, value in measured["versions"].items())
-        if "cases" in measured:
-            parts += ["## Right, refused, or garbage", f"{said}.", case_tables(measured)]
-        else:
-            parts += ["## Speed", f"{said}.", _SPEED, speed_tables(measured["rows"])]
+    if runs:
+        parts += ["## Right, refused, or garbage", _said(runs), case_tables(runs)]
+    for speed in speeds:
+        parts += ["## Speed", _said([speed]), _SPEED, speed_tables(speed["rows"])]
     print("\n\n".join(part.strip() for part in parts))
+
+
+def _said(files: Sequence[Mapping[str, Any]]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in files[-1]["versions"].items())
+    return f"Measured {'once' if len(files) == 1 else f'{len(files)} times'}: {versions}."
 
 
 if __name__ == "__main__":

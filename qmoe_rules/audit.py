@@ -117,7 +117,7 @@ def _read_qmoe(node: ir.Node) -> tuple[Facts, Stored]:
     facts = dataclasses.replace(
         facts,
         scales=frozenset(scales - {facts.dtype, ""}),
-        others=frozenset(_traps(given, values, specs, shapes["fc2"][0])),
+        others=facts.others | {*_traps(given, values, specs, shapes["fc2"][0])},
     )
     return facts, Stored(specs, values["weights_prepacked"], layouts)
 
@@ -144,6 +144,7 @@ def _facts(
     """Returns the facts of a node whose weights are [E, N, K] by projection."""
     _, hidden, inter = shapes["fc2"]
     gated = values["activation_type"] in GATED
+    biased = given["fc1_experts_bias"] is not None or given["fc3_experts_bias"] is not None
     # Which fusions a kernel takes, and whether it minds a limit without a gate, say the tables.
     asked = {**values, "swiglu_fusion": int(gated and "fc3" not in shapes)}
     if not gated:
@@ -160,6 +161,7 @@ def _facts(
         limit_after_activation=bool(values["swiglu_limit_after_activation"]),
         fc3="fc3" in shapes,
         limited=values["swiglu_limit"] is not None or not gated,
+        others=frozenset({"fc3_biases"} if "fc3" in shapes and biased else ()),
     )
 
 

@@ -9,27 +9,30 @@ with the least sum of errors within the budget is then found exactly, up to the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.facts import constant_weights, facts_of
 from qmoe_rules.formats import Spec
+from qmoe_rules.overrides import matches
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import WIDTHS, Override, Recipe
-from qmoe_rules.statistics import Statistics
+from qmoe_rules.statistics import Calibration, Statistics
 from qmoe_rules.targets import GATED
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["Choice", "allocate", "choices_for"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Choice", "allocate", "choices_for", "within_budget"]
 
 # Errors of expert weights are alike within a projection: a few experts tell enough.
 _SAMPLED_EXPERTS = 4
@@ -47,54 +50,47 @@ class Choice:
     """One way to store a node.
 
     Attributes:
-        settings: The fields of the recipe.
+        bits: Width of fc1's codes.
+        fc2_bits: Width of fc2's codes.
+        block_size: Columns that share a scale.
         nbytes: Size of everything stored of the node's experts.
         error: Sum of the relative output errors of its projections.
     """
 
-    settings: tuple[tuple[str, Any], ...]
+    bits: int | None
+    fc2_bits: int | None
+    block_size: int | None
     nbytes: int
     error: float
 
 
-def choices_for(
-    node_inputs: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-    recipe: Recipe,
-    statistics: StatisticsOf,
-) -> list[Choice]:
+def choices_for(node: ir.Node, recipe: Recipe) -> list[Choice]:
     """Measures every way to store a node that the recipe's target takes.
 
     Args:
-        node_inputs: The node's inputs, from `ops.inputs`.
-        attributes: The node's attributes, from `ops.attributes`.
-        recipe: Gives the target, the layout, the method and whether there are zero points.
-        statistics: What is known of the experts' inputs.
+        node: A float MoE.
+        recipe: Gives the target, the layout, the method, the calibration and whether there are
+            zero points.
 
     Returns:
         The choices; none where no recipe fits the node.
     """
-    weights = constant_weights(node_inputs)
+    weights, attributes = constant_weights(ops.inputs(node)), ops.attributes(node)
     if isinstance(weights, str):
         return []
     facts = facts_of(weights, attributes)
-    errors: dict[tuple[str, Spec], float] = {}
+    measure = functools.cache(partial(_measured, weights, _statistics(node, recipe), recipe.method))
     found = []
     for candidate in _candidates(recipe):
         if candidate.refuse(facts):
             continue
-        nbytes, error = 0, 0.0
-        for name, spec in candidate.specs.items():
-            view = weights[name]
-            if (name, spec) not in errors:
-                errors[name, spec] = _measured(view, spec, candidate.method, name, statistics)
-            gated = name == "fc1" and facts.activation in GATED
-            error += errors[name, spec] * (_GATED_WEIGHT if gated else 1.0)
-            nbytes += _stored_bytes(view, spec)
-        settings = tuple(
-            (field, getattr(candidate, field)) for field in ("bits", "fc2_bits", "block_size")
+        error = sum(measure(name, spec) for name, spec in candidate.specs.items())
+        if facts.activation in GATED:
+            error += measure("fc1", candidate.specs["fc1"]) * (_GATED_WEIGHT - 1)
+        nbytes = sum(_stored_bytes(weights[name], spec) for name, spec in candidate.specs.items())
+        found.append(
+            Choice(candidate.bits, candidate.fc2_bits, candidate.block_size, nbytes, error)
         )
-        found.append(Choice(settings, nbytes, error))
     return found
 
 
@@ -130,11 +126,48 @@ def allocate(choices: Sequence[Sequence[Choice]], limit: int) -> list[Choice]:
     return taken[::-1]
 
 
-def overrides(names: Iterable[str], taken: Iterable[Choice]) -> tuple[Override, ...]:
-    """Returns the choices as overrides of a recipe, one per node."""
-    return tuple(
-        Override(name, choice.settings) for name, choice in zip(names, taken, strict=True)
-    )
+def within_budget(model: ir.Model, recipe: Recipe) -> Recipe:
+    """Returns the recipe with its budget turned into overrides, one per node that it chooses for.
+
+    Nodes that are excluded, or that an override of the recipe names, are left alone, and so are
+    those that nothing can be done for; the budget is for all the others.
+
+    Args:
+        model: A model whose MoE nodes are fused and normalized.
+        recipe: With a budget or without one.
+
+    Raises:
+        ConfigError: The budget is too small for the smallest recipe.
+    """
+    if recipe.budget is None:
+        return recipe
+    named = [override.pattern for override in recipe.given_overrides]
+    choices: dict[str, list[Choice]] = {}
+    weights = 0
+    for node in ops.nodes(model, "MoE"):
+        name = ops.label(node)
+        if recipe.excludes(name) or any(matches(pattern, name) for pattern in named):
+            continue
+        if found := choices_for(node, recipe):
+            choices[name] = found
+            views = constant_weights(ops.inputs(node))
+            weights += (
+                sum(math.prod(v.shape) for v in views.values()) if isinstance(views, dict) else 0
+            )
+    limit = float(recipe.budget)
+    taken = allocate(list(choices.values()), int(limit * weights / 8 if limit <= 32 else limit))
+    chosen = [
+        Override(
+            name,
+            (
+                ("bits", choice.bits),
+                ("fc2_bits", choice.fc2_bits),
+                ("block_size", choice.block_size),
+            ),
+        )
+        for name, choice in zip(choices, taken, strict=True)
+    ]
+    return dataclasses.replace(recipe, budget=None, overrides=(*chosen, *recipe.given_overrides))
 
 
 def _frontier(
@@ -149,24 +182,42 @@ def _frontier(
     if kept.size > _FRONTIER:  # the best of every size, to a thousandth of the limit or so
         shelf = (sizes[kept] * (_FRONTIER / limit)).astype(np.int64)
         kept = kept[np.append(np.diff(shelf) > 0, True)]
-    return kept
+    return np.asarray(kept, np.intp)
 
 
-def _candidates(recipe: Recipe) -> Iterable[Recipe]:
+def _count(node: ir.Node) -> int:
+    weights = constant_weights(ops.inputs(node))
+    return 0 if isinstance(weights, str) else sum(math.prod(v.shape) for v in weights.values())
+
+
+def _candidates(recipe: Recipe) -> Iterator[Recipe]:
     for bits, fc2_bits, size in itertools.product(WIDTHS, WIDTHS, _BLOCKS):
-        fields = {"bits": bits, "fc2_bits": fc2_bits, "block_size": size, "overrides": ()}
+        fields: dict[str, Any] = {"bits": bits, "fc2_bits": fc2_bits, "block_size": size}
         try:
-            yield dataclasses.replace(recipe, budget=None, **fields)
+            yield dataclasses.replace(recipe, budget=None, overrides=(), **fields)
         except ConfigError:
             continue
 
 
+def _statistics(node: ir.Node, recipe: Recipe) -> StatisticsOf:
+    calibration, name = recipe.calibration, ops.label(node)
+    if not isinstance(calibration, Calibration) or name not in calibration.fingerprints:
+        return lambda projection, expert: None
+    return lambda projection, expert: calibration.for_expert(
+        name, projection, expert, hessian=False
+    )
+
+
 def _measured(
-    view: ExpertWeights, spec: Spec, method: str, name: str, statistics: StatisticsOf
+    weights: Mapping[str, ExpertWeights],
+    statistics: StatisticsOf,
+    method: str,
+    name: str,
+    spec: Spec,
 ) -> float:
     """Returns the mean over some experts of the relative error of a projection's output."""
     # Error feedback gains alike at every width, and takes far longer.
-    quantize = METHODS["search" if method == "gptq" else method]
+    quantize, view = METHODS["search" if method == "gptq" else method], weights[name]
     experts, _, columns = view.shape
     lost = whole = 0.0
     for expert in _sample(experts):

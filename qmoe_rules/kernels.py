@@ -110,6 +110,7 @@ TRAPS: dict[str, Trap] = {
     ),
     "fc3": Trap("a separate fc3", "ignores fc3"),
     "fused_fc3": Trap("swiglu_fusion with a separate fc3", "ignores fc3"),
+    "fc3_biases": Trap("biases with a separate fc3", "misplaces biases with a separate fc3"),
     "scale_type": Trap("scales of another type than the input's", "misreads the scales' type"),
     "negative_block": Trap("block_size=-1", "takes block_size=-1 for the size of a block"),
     "computed_weights": Trap(
@@ -202,7 +203,9 @@ class Kernel:
         dtypes: Activation types that it has.
         activations: Activations that it has.
         fusions: Values of `swiglu_fusion` that gated activations may have.
-        misread_halves: Activation types with which it loads `swiglu_fusion=2` and misreads it.
+        misread_halves: Activation types with which it takes gate and linear rows apart, as halves
+            of fc1 (`swiglu_fusion=2`) or in fc3, and may misread them: ONNX Runtime times several
+            implementations and keeps the fastest, and they do not agree.
         fc3: Activations with which it takes an fc3.
         zero_points: Block sizes with which it reads zero points right.
         even_blocks: Whether zero points are right only where K / block_size is even.
@@ -346,9 +349,10 @@ class Kernel:
             yield Fault(UNKNOWN, reason, "layout")
 
     def _gate_faults(self, facts: Facts, name: str) -> Iterator[Fault]:
-        if facts.fc3:
-            if facts.fusion or facts.activation not in self.fc3:
-                yield from self.trap_faults(["fused_fc3" if facts.fusion else "fc3"])
+        if facts.fc3 and (facts.fusion or facts.activation not in self.fc3):
+            yield from self.trap_faults(["fused_fc3" if facts.fusion else "fc3"])
+        elif facts.fc3:
+            yield from self._half_faults(facts, "fc3", name)
         elif not facts.gated and facts.fusion:
             reason = (
                 f"has no gate to fuse with activation {facts.activation!r} and "
@@ -360,9 +364,13 @@ class Kernel:
             yield from self.trap_faults(["no_gate"])  # geglu's fusion is never guessed
         elif facts.gated and facts.fusion not in self.fusions:
             reason = f"does not take swiglu_fusion={facts.fusion} (it takes {listed(self.fusions)})"
-            yield Fault(REFUSED, reason, "activation")
-        elif facts.gated and facts.fusion == 2 and facts.dtype in self.misread_halves:
-            reason = f"misreads the halves of swiglu_fusion=2 with {facts.dtype} and {name}"
+            yield Fault(REFUSED, reason, "activation" if facts.fusion else "no_gate")
+        elif facts.gated and facts.fusion == 2:
+            yield from self._half_faults(facts, "swiglu_fusion=2", name)
+
+    def _half_faults(self, facts: Facts, apart: str, name: str) -> Iterator[Fault]:
+        if facts.dtype in self.misread_halves:
+            reason = f"may misread {apart} with {facts.dtype} and {name}, by the kernel it picks"
             yield Fault(GARBAGE, reason, "activation")
 
 

@@ -82,4 +82,10 @@ OPTIONS = (
         "other settings for some nodes, such as '*layers.0*:bits=8,block_size=32'; repeatable, "
         "the first match wins",
     ),
+    Option(
+        "budget",
+        str,
+        "choose widths and blocks node by node, for the least error in so many bits per weight "
+        "(3.5), or bytes of all experts (12GB)",
+    ),
 )

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import InlinePass
 
 from qmoe_rules import ops
 from qmoe_rules.audit import audit
+from qmoe_rules.budget import within_budget
 from qmoe_rules.kernels import RIGHT
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, row_of
@@ -105,9 +106,13 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
         rules = [
             *fuse_experts_rules(report=self.report, target=self.recipe.target),
             *normalize_moe_rules(report=self.report),
-            *moe_to_qmoe_rules(self.recipe, report=self.report),
         ]
-        rewritten = apply_rules(model, rules)
+        recipe, rewritten = self.recipe, False
+        if recipe.budget is not None:  # what it is shared among must be there first
+            rewritten = apply_rules(model, rules)
+            recipe, rules = within_budget(model, recipe), []
+        rules += moe_to_qmoe_rules(recipe, report=self.report)
+        rewritten |= apply_rules(model, rules)
         self._refuse_calibration()
         return ir.passes.PassResult(model, inlined or rewritten)
 

@@ -156,9 +156,11 @@ CUDA = Provider(
         blocks=_NONE,
         reads={},
         dtypes=_FLOAT | _HALF,
+        fc3=frozenset({"swiglu"}),
         outcomes={
-            "fc3": GARBAGE,
-            "fused_fc3": GARBAGE,
+            "fc3": UNKNOWN,
+            "fc3_biases": GARBAGE,
+            "fused_fc3": UNKNOWN,
             "fused_without_gate": UNKNOWN,
             "limit_after_activation": RIGHT,
             "no_gate": UNKNOWN,
@@ -183,6 +185,7 @@ _WEBGPU_INT = Kernel(
     zero_points=_NONE,
     outcomes={
         "computed_weights": UNKNOWN,
+        "fc3_biases": RIGHT,
         "limit_after_activation": UNKNOWN,
         "negative_block": GARBAGE,
         "no_gate": UNKNOWN,

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ from qmoe_rules.layouts import LAYOUTS, Layout
 from qmoe_rules.overrides import OVERRIDABLE, AnyOverride, Override, check_pattern, matches
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
+from qmoe_rules.sizes import parse_bytes
 from qmoe_rules.statistics import Calibration, ProjectionStatistics
 from qmoe_rules.targets import Facts, Specs, Target
 
@@ -65,6 +67,10 @@ class Recipe:
             `"webgpu"` or `"trt-rtx"`.
         nodes_to_exclude: Names, fnmatch patterns or `re:` patterns of nodes to leave in float.
         overrides: Other settings for some nodes (see `Override`); the first match wins.
+        budget: How large all experts together may become: bits per weight up to 32, scales and
+            zero points included, or bytes, as a number or like `"12GB"`. Widths and block sizes
+            are then chosen node by node, for the least error. For `plan`, `quantize` and
+            `QuantizeMoEPass`, which see the whole model.
 
     Raises:
         ConfigError: A field is unknown or wrong, or the target takes no node with this recipe.
@@ -86,6 +92,7 @@ class Recipe:
     target: str = "portable"
     nodes_to_exclude: Sequence[str] = ()
     overrides: Sequence[AnyOverride] = ()
+    budget: float | str | None = None
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMAT_CHOICES)
@@ -104,8 +111,9 @@ class Recipe:
         object.__setattr__(self, "calibration", _calibration(self.calibration, self.method))
         object.__setattr__(self, "nodes_to_exclude", _patterns(self.nodes_to_exclude))
         object.__setattr__(self, "overrides", _parsed(self.overrides))
+        object.__setattr__(self, "budget", self._checked_budget())
         self._check_storage()
-        for override in self._overrides:
+        for override in self.given_overrides:
             try:
                 self._overridden(override)  # validates it, as a recipe of its own
             except ConfigError as error:
@@ -138,12 +146,15 @@ class Recipe:
     def unmatched(self, nodes: Iterable[str]) -> list[str]:
         """Returns the patterns that match none of these nodes, which are likely mistyped."""
         names = list(nodes)
-        patterns = [*self.nodes_to_exclude, *(override.pattern for override in self._overrides)]
+        patterns = [
+            *self.nodes_to_exclude,
+            *(override.pattern for override in self.given_overrides),
+        ]
         return [given for given in patterns if not any(matches(given, name) for name in names)]
 
     def resolve(self, node: str) -> Recipe:
         """Returns the recipe for one node, with the first override that matches applied."""
-        for override in self._overrides:
+        for override in self.given_overrides:
             if matches(override.pattern, node):
                 return self._overridden(override)
         return self
@@ -227,12 +238,13 @@ class Recipe:
 
     def _replaced(self, **fields: Any) -> Recipe | None:
         try:
-            return dataclasses.replace(self, overrides=(), **fields)
+            return dataclasses.replace(self, overrides=(), budget=None, **fields)
         except ConfigError:
             return None
 
     @property
-    def _overrides(self) -> tuple[Override, ...]:
+    def given_overrides(self) -> tuple[Override, ...]:
+        """The overrides, parsed."""
         return cast(tuple[Override, ...], self.overrides)
 
     def _spec(self, bits: int) -> Spec:
@@ -253,11 +265,32 @@ class Recipe:
     def _distance(self, fields: Mapping[str, Any]) -> int:
         return sum(value != getattr(self, name) for name, value in fields.items())
 
+    def _checked_budget(self) -> float | None:
+        given = self.budget
+        if given is None:
+            return None
+        if isinstance(given, str):
+            number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", given.strip())
+            given = float(given) if number else parse_bytes(given)
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+            raise ConfigError(
+                f"budget={self.budget!r}; it may be bits per weight, such as 3.5, or a size, such "
+                "as '12GB'"
+            )
+        for field in ("bits", "fc2_bits", "block_size"):
+            if getattr(self, field) is not None:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r} with a budget, which chooses it"
+                )
+        if self.format != "int":
+            raise ConfigError(f"format={self.format!r} with a budget, which chooses among integers")
+        return given
+
     def _overridden(self, override: Override) -> Recipe:
         settings = dict(override.settings)
         if "format" in settings:  # whatever depends on the format is decided anew
             settings = {**dict.fromkeys(_OF_FORMAT), "symmetric": True, **settings}
-        return dataclasses.replace(self, overrides=(), **settings)
+        return dataclasses.replace(self, overrides=(), budget=None, **settings)
 
     def _check_storage(self) -> None:
         format = self.specs["fc1"].format

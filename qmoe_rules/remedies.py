@@ -23,7 +23,10 @@ _AS_LOGITS = (
 # What mends a trap in the node itself.
 _BY_HAND = {
     "computed_weights": "fold the weights into constants",
+    "fused_without_gate": "set swiglu_fusion=0",
     "negative_block": "leave block_size out",
+    "no_gate": "set swiglu_fusion to 1 (interleaved) or 2 (halves), as the rows of fc1 lie",
+    "no_global_scale": "add fc1_global_scale and fc2_global_scale, all ones",
     "normalize": "add the input router_weights = Softmax(router_probs)",
     "router_weights": _AS_LOGITS,
     "scale_type": "cast the scales to the type of the input",
@@ -31,7 +34,7 @@ _BY_HAND = {
     "swiglu_limit": "set swiglu_limit to infinity",
     "unknown_router_weights": _AS_LOGITS,
 }
-_OF_THE_GATE = frozenset({"activation", "fc3", "fused_fc3", "no_gate"})
+_OF_THE_GATE = frozenset({"activation", "fc3", "fc3_biases", "fused_fc3"})
 _UNFUSED = {"geglu": "geglu", "gelu": "geglu", "silu": "swiglu", "swiglu": "swiglu"}
 
 
@@ -74,7 +77,10 @@ def _interleaved(facts: Facts) -> Facts:
     """Returns the facts of a node as `normalize_moe_rules` leaves it."""
     activation = _UNFUSED.get(facts.activation, facts.activation) if facts.fc3 else facts.activation
     fusion = int(activation in _UNFUSED.values())
-    return dataclasses.replace(facts, activation=activation, fusion=fusion, fc3=False)
+    others = facts.others - {"fc3_biases"}
+    return dataclasses.replace(
+        facts, activation=activation, fusion=fusion, fc3=False, others=others
+    )
 
 
 def _relayout(stored: Stored, target: str) -> str | None:

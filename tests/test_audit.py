@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,14 +18,7 @@ from qmoe_rules import ops
 from qmoe_rules.audit import Audit, audit
 from qmoe_rules.kernels import GARBAGE, REFUSED, RIGHT, UNKNOWN
 from qmoe_rules.loading import load, locate
-from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.providers import TARGETS
-from qmoe_rules.rules import (
-    apply_rules,
-    normalize_moe_rules,
-    qmoe_to_moe_rules,
-    relayout_qmoe_rules,
-)
 from tests.contract import Cell, serialized
 from tests.gpu import case as gpu
 from tests.gpu.cases import cases
@@ -318,7 +310,12 @@ _OTHERWISE = (
 
 
 def test_the_cuda_provider_did_what_the_audit_says() -> None:
-    meant = {gpu.RIGHT: RIGHT, gpu.REFUSED: REFUSED, gpu.GARBAGE: GARBAGE}
+    meant = {
+        gpu.RIGHT: RIGHT,
+        gpu.REFUSED: REFUSED,
+        gpu.GARBAGE: GARBAGE,
+        gpu.BY_CHANCE: GARBAGE,  # it may be, and that is too much
+    }
     wrong = {}
     for case in cases():
         expected = meant[case.verdicts]
@@ -622,8 +619,8 @@ def test_a_softmax_in_front_of_the_router_is_noted() -> None:
             {},
             "cuda",
             GARBAGE,
-            "the CUDA provider misreads the halves of swiglu_fusion=2 with float16 and int4 and "
-            "int8",
+            "the CUDA provider may misread swiglu_fusion=2 with float16 and int4 and int8, by the "
+            "kernel it picks",
         ),
         (INT8, {"block_size": -1}, "cuda", RIGHT, ""),
         (
@@ -780,149 +777,6 @@ def test_weights_that_other_nodes_compute() -> None:
     found = audit(node, "cuda")
     assert found.verdict == REFUSED
     assert found.remedy.startswith("fold the weights into constants")
-
-
-# --- Remedies ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cell", "layout", "prepacked", "target", "call", "rules"),
-    [
-        (
-            INT4,
-            "raw",
-            None,
-            "portable",
-            "relayout_qmoe_rules('raw', source_layout='raw')",
-            functools.partial(relayout_qmoe_rules, "raw", source_layout="raw"),
-        ),
-        (
-            INT4,
-            "cutlass_sm80",
-            None,
-            "cpu",
-            "relayout_qmoe_rules('raw', source_layout='cutlass_sm80')",
-            functools.partial(relayout_qmoe_rules, "raw", source_layout="cutlass_sm80"),
-        ),
-        (
-            INT8,
-            "cutlass_sm80",
-            1,
-            "portable",
-            "relayout_qmoe_rules('raw')",
-            functools.partial(relayout_qmoe_rules, "raw"),
-        ),
-        (
-            SQUARE,
-            "raw",
-            None,
-            "portable",
-            "relayout_qmoe_rules('raw', source_layout='raw') where a CPU build wrote the weights, "
-            "or source_layout='cutlass_sm80' where a CUDA build did",
-            functools.partial(relayout_qmoe_rules, "raw", source_layout="raw"),
-        ),
-    ],
-)
-def test_the_call_that_moves_the_bytes_mends_them(
-    cell: Cell, layout: str, prepacked: int | None, target: str, call: str, rules: Any
-) -> None:
-    model = cell.direct(layout, weights_prepacked=prepacked)
-    found = judged(model, target)
-    assert found.remedy.partition("; or ")[0] == call
-    apply_rules(model, rules())
-    assert judged(model, target).verdict == RIGHT
-    assert outcome(model, cell, cell.expected()) == RIGHT
-
-
-def test_a_wrong_attribute_is_to_be_set_right() -> None:
-    model = INT4.direct("raw", weights_prepacked=1)
-    found = judged(model, "cuda")
-    assert found.remedy.startswith("set weights_prepacked=0, as the shape of the weights says")
-    the_node(model).attributes["weights_prepacked"] = ir.AttrInt64("weights_prepacked", 0)
-    assert judged(model, "cuda").verdict == RIGHT
-
-
-def test_router_weights_mend_the_routing_of_the_cpu() -> None:
-    found = judged(INT4.but(normalize=0).direct(), "portable")
-    assert found.remedy == (
-        "add the input router_weights = Softmax(router_probs); or it is right as it stands for cuda"
-    )
-    model, cell = routed(softmax), INT4.but(normalize=0)
-    assert judged(model, "portable").verdict == RIGHT
-    assert outcome(model, cell, cell.expected()) == RIGHT
-
-
-@pytest.mark.parametrize(
-    ("model", "target"),
-    [
-        (Cell(dtype="float32").float_model(separate=True), "cpu"),
-        (Cell(dtype="float32", fusion=2).float_model(), "portable"),
-        (Cell(fusion=2).float_model(), "cuda"),
-    ],
-    ids=["fc3", "halves", "halves on CUDA"],
-)
-def test_a_moe_with_its_gate_apart_is_mended_by_interleaving(model: Model, target: str) -> None:
-    found = judged(model, target)
-    assert found.verdict != RIGHT
-    assert found.remedy.startswith("normalize_moe_rules() interleaves gate and linear rows; or ")
-    apply_rules(model, normalize_moe_rules())
-    assert judged(model, target).verdict == RIGHT
-
-
-@pytest.mark.parametrize(
-    ("cell", "target", "remedy", "fields"),
-    [
-        (
-            INT4.but(block_size=16),
-            "portable",
-            "qmoe_to_moe_rules(), then quantize with bits=4, block_size=32, target='portable'",
-            {"bits": 4, "block_size": 32},
-        ),
-        (
-            Cell("int4", block_size=64, symmetric=False),
-            "cuda",
-            "qmoe_to_moe_rules(), then quantize with bits=4, block_size=32, symmetric=False, "
-            "target='cuda'",
-            {"bits": 4, "block_size": 32, "symmetric": False},
-        ),
-        (
-            INT4.but(fc2_format="int8"),
-            "portable",
-            "qmoe_to_moe_rules(), then quantize with bits=4, block_size=32, target='portable'",
-            {"bits": 4, "block_size": 32},
-        ),
-        (
-            INT4.but(fusion=2),
-            "cpu",
-            "qmoe_to_moe_rules(), then quantize with bits=4, block_size=32, target='cpu'",
-            {"bits": 4, "block_size": 32},
-        ),
-    ],
-)
-def test_what_is_stored_unfit_can_be_stored_again(
-    cell: Cell, target: str, remedy: str, fields: dict[str, Any]
-) -> None:
-    model = cell.direct()
-    found = judged(model, target)
-    assert found.verdict != RIGHT
-    assert found.remedy.partition("; or ")[0] == remedy
-    apply_rules(model, qmoe_to_moe_rules())
-    QuantizeMoEPass(target=target, **fields)(model)
-    assert judged(model, target).verdict == RIGHT
-
-
-def test_another_target_may_take_it_as_it_is() -> None:
-    found = judged(INT4.but(dtype="bfloat16").direct(), "cpu")
-    assert found.remedy == "it is right as it stands for cuda"
-
-
-def test_floating_point_codes_are_made_anew_from_the_float_model() -> None:
-    found = judged(MXFP4.direct("k_packed"), "cuda")
-    assert found.verdict == GARBAGE
-    assert found.remedy == (
-        "quantize with format='mxfp4', target='cuda' from the float model; or it is right as it "
-        "stands for cpu"
-    )
 
 
 # --- The library's own nodes ---------------------------------------------------------------------

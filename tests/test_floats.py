@@ -18,7 +18,8 @@ from hypothesis.extra import numpy as hnp
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
-from qmoe_rules.quantizers.floats import float_rtn
+from qmoe_rules.quantizers import floats
+from qmoe_rules.quantizers.floats import float_rtn, float_rtn_numpy
 from qmoe_rules.quantizers.rtn import rtn
 
 Weight = npt.NDArray[np.generic]
@@ -34,6 +35,16 @@ ROWS, COLUMNS = 40, 96  # neither fills squares of 128, and N does not fill thos
 
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+both_engines = pytest.mark.usefixtures("_each_engine")
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def _each_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the compiled kernels and without them."""
+    if request.param == "numpy":
+        monkeypatch.setattr(floats, "kernels", lambda: None)
+
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.array([math.ldexp(c % 8 + 8 * (c > 7), max(c // 8, 1) - 10) for c in range(127)])
@@ -85,6 +96,7 @@ def patterns(quantized: QuantizedWeights) -> tuple[bytes, ...]:
 # The definitions.
 
 
+@both_engines
 @each_dtype
 def test_mxfp4_is_the_definition_of_the_microscaling_specification(dtype: DType) -> None:
     """Scale 2^(floor(log2(max|w|)) - 2), codes to nearest even, saturating."""
@@ -99,6 +111,7 @@ def test_mxfp4_is_the_definition_of_the_microscaling_specification(dtype: DType)
     assert quantized.global_scale == 1
 
 
+@both_engines
 @each_dtype
 def test_nvfp4_is_two_levels_of_scales(dtype: DType) -> None:
     """The expert's scale gives the block of its peak the largest scale, 448, and code 6."""
@@ -118,6 +131,7 @@ def test_nvfp4_is_two_levels_of_scales(dtype: DType) -> None:
     assert_nearest(values, blocks / (scales * whole)[..., None], E2M1)
 
 
+@both_engines
 @each_dtype
 @pytest.mark.parametrize("spec", FP8, ids=str)
 def test_fp8_gives_the_peak_of_every_square_the_largest_code(dtype: DType, spec: Spec) -> None:
@@ -153,6 +167,12 @@ def finite_weights(draw: st.DrawFn) -> Weight:
 
 @settings(max_examples=100, deadline=None)
 @given(finite_weights(), st.sampled_from(SPECS))
+def test_the_engines_write_the_same_bytes(weight: Weight, spec: Spec) -> None:
+    assert patterns(float_rtn(weight, spec)) == patterns(float_rtn_numpy(weight, spec))
+
+
+@settings(max_examples=100, deadline=None)
+@given(finite_weights(), st.sampled_from(SPECS))
 def test_no_weight_within_reach_is_further_off_than_half_the_gap(
     weight: Weight, spec: Spec
 ) -> None:
@@ -179,6 +199,7 @@ def step_of(quantized: QuantizedWeights) -> Float64:
     return np.asarray(of_ones.dequantize().astype(np.float64))
 
 
+@both_engines
 @each_dtype
 def test_a_worked_example_of_mxfp4(dtype: DType) -> None:
     """A peak of 7 has a scale of 1, and is cut to 6; a peak of 8 has a scale of 2."""
@@ -256,6 +277,7 @@ def test_rows_of_mxfp4_are_independent(dtype: DType) -> None:
     assert patterns(moved) == patterns(permuted)
 
 
+@both_engines
 @each_dtype
 @each_spec
 def test_the_opposite_weights_have_the_same_scales(dtype: DType, spec: Spec) -> None:
@@ -268,6 +290,7 @@ def test_the_opposite_weights_have_the_same_scales(dtype: DType, spec: Spec) -> 
 # What comes in.
 
 
+@both_engines
 @each_dtype
 @each_spec
 @pytest.mark.parametrize("zero", [0.0, -0.0])
@@ -283,6 +306,7 @@ def test_a_block_of_zeros_beside_others_stays_zero(dtype: DType, spec: Spec) -> 
     assert (rtn(weight, spec).dequantize()[:32, 32:64] == 0).all()
 
 
+@both_engines
 @each_dtype
 @each_spec
 def test_the_ends_of_the_type_have_finite_codes_and_scales(dtype: DType, spec: Spec) -> None:
@@ -299,6 +323,7 @@ def test_the_ends_of_the_type_have_finite_codes_and_scales(dtype: DType, spec: S
         assert (np.sign(meant) * np.sign(weight.astype(np.float32)) >= 0).all()
 
 
+@both_engines
 def test_a_small_block_beside_a_large_one_is_not_erased_by_nvfp4() -> None:
     """Its scale would be 0 in float8e4m3fn; it takes the smallest one."""
     weight = np.zeros((1, 32), np.float32)
@@ -309,6 +334,7 @@ def test_a_small_block_beside_a_large_one_is_not_erased_by_nvfp4() -> None:
     assert quantized.dequantize()[0, [0, 16]].tolist() == [6 * 448 * 512, 6]
 
 
+@both_engines
 @each_dtype
 @each_spec
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])

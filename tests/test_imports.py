@@ -30,6 +30,7 @@ NUMBERS = (
     "providers",
     "slabs",
     "overrides",
+    "sizes",
     "recipe",
     "remedies",
     "options",
@@ -46,6 +47,7 @@ GRAPHS = (
     "report",
     "audit",
     "rules",
+    "budget",
     "passes",
 )
 EDGES = (

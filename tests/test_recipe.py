@@ -846,7 +846,7 @@ ODD = Facts(dtype="float16", activation="swiglu", fusion=1, hidden=192, inter=12
             None,
         ),
         (
-            {"format": "nvfp4", "target": "cpu"},
+            {"format": "mxfp4", "target": "cpu"},
             dataclasses.replace(ODD, dtype="bfloat16", fusion=2),
             "the CPU provider does not take swiglu_fusion=2 (it takes 1)",
             "target='cuda' takes it",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qmoe_rules.options import OPTIONS
 from qmoe_rules.recipe import Recipe
+from qmoe_rules.sizes import parse_bytes
 
 __all__ = [
     "add_recipe_options",
@@ -42,7 +42,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
                 help=option.help,
             )
         else:
-            shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else "B"
+            shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else None
             group.add_argument(
                 flag, type=option.kind, default=option.default, metavar=shown, help=option.help
             )
@@ -113,9 +113,7 @@ def positive_number(text: str) -> int:
 
 def byte_count(text: str) -> int:
     """Returns the bytes that a text spells: a number and a unit, of 1000s or, with an i, 1024s."""
-    pattern = r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?))?b?"
-    if found := re.fullmatch(pattern, text.strip().lower()):
-        base = 1024 if found[3] else 1000
-        if size := int(float(found[1]) * base ** " kmgt".index(found[2] or " ")):
-            return size
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB, 500MiB or 1000000")
+    size = parse_bytes(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB, 500MiB or 1000000")
+    return size

@@ -39,8 +39,8 @@ class Case:
         forge: Builds a model that no rule writes; None where the rules are asked.
         answer: Computes the expected output, where it is not that of the cell's weights.
         target: The target that the rules are asked for.
-        stricter: Whether the library refuses what the device would run, or converts for later
-            versions what this one refuses.
+        differs: Whether the library does otherwise than the device: it refuses what would be
+            ignored, and converts what later versions load.
         fallback: Whether nodes may go to the CPU provider.
         float: Whether it is a float MoE.
     """
@@ -53,7 +53,7 @@ class Case:
     forge: Forge | None = None
     answer: Callable[[Cell], Array] | None = None
     target: str = "cuda"
-    stricter: bool = False
+    differs: bool = False
     fallback: bool = False
     float: bool = False
 

@@ -20,7 +20,7 @@ def jit(function: Any) -> Any:
     """Compiles a function when it is first called, and keeps the result on disk where it can.
 
     Without the GIL, so that threads run side by side; a division by zero gives an infinity, as in
-    numpy. No fastmath: every operation is one rounding, or the bytes would differ from numpy's.
+    numpy. No fastmath: every operation is rounded once, or the bytes would differ from numpy's.
 
     numba notices a change in the file that holds a kernel, not in those that it imports: after a
     change in `instructions` the kernels that were kept, *.nbi and *.nbc, must go.
@@ -28,15 +28,14 @@ def jit(function: Any) -> Any:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError as error:  # no folder that can be written
-        _warn(str(error))
+    except RuntimeError:  # no folder that can be written
+        _warn_once()
         return njit(**options)(function)
 
 
 @functools.cache
-def _warn(reason: str) -> None:
+def _warn_once() -> None:
     logger.warning(
-        "compiled kernels cannot be kept, and are compiled in every process; NUMBA_CACHE_DIR may "
-        "name a folder for them: %s",
-        reason,
+        "compiled kernels cannot be kept, and are compiled in every process: neither the package's "
+        "folder nor the user's cache can be written (NUMBA_CACHE_DIR may name another)"
     )
