@@ -23,12 +23,14 @@ class Option:
         kind: The type of its values: int, str, bool, or list for a list of strings.
         help: What it says, in one sentence without a full stop.
         choices: The values it may have, where they are few.
+        shown: What stands for its value in a list of options.
     """
 
     name: str
     kind: type
     help: str
     choices: tuple[Any, ...] = ()
+    shown: str = ""
 
     @property
     def default(self) -> Any:
@@ -56,6 +58,7 @@ OPTIONS = (
         int,
         "columns per scale, a power of two from 16; 0 for the whole row (default; mxfp4 has 32, "
         "nvfp4 16, fp8 squares of 128)",
+        shown="B",
     ),
     Option("symmetric", bool, "no zero points: integer codes are centred on zero"),
     Option("method", str, "how codes are chosen (default: rtn)", tuple(METHODS)),
@@ -63,6 +66,7 @@ OPTIONS = (
         "calibration",
         str,
         "what the experts have seen (see qmoe calibrate), for methods that ask for it",
+        shown="FILE",
     ),
     Option(
         "layout",
@@ -75,17 +79,20 @@ OPTIONS = (
         "nodes_to_exclude",
         list,
         "leave these nodes in float: a name, an fnmatch pattern or re:REGEX; repeatable",
+        shown="PATTERN",
     ),
     Option(
         "overrides",
         list,
         "other settings for some nodes, such as '*layers.0*:bits=8,block_size=32'; repeatable, "
         "the first match wins",
+        shown="PATTERN:FIELD=VALUE,...",
     ),
     Option(
         "budget",
         str,
         "choose widths and blocks node by node, for the least error in so many bits per weight "
         "(3.5), or bytes of all experts (12GB)",
+        shown="SIZE",
     ),
 )

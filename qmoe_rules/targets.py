@@ -71,8 +71,8 @@ class Provider:
 
         Where it does not, the routing weights must come in as the input `router_weights`.
         """
-        kernels = (self.kernels[spec.format.name] for spec in specs.values())
-        return all(kernel.outcomes.get("normalize") == RIGHT for kernel in kernels)
+        kernel = self.kernel(specs)
+        return kernel is not None and kernel.outcomes.get("normalize") == RIGHT
 
     def refuse_specs(self, specs: Specs) -> str | None:
         """Returns why no node could be stored so, or None."""

@@ -30,7 +30,7 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.rules import apply_rules, relayout_qmoe_rules
 from qmoe_rules.verification._execution import captured_inputs, random_inputs
-from qmoe_rules.verification._tolerances import PROVIDERS, tolerance_of
+from qmoe_rules.verification._tolerances import PROVIDERS, runs_on, tolerance_of
 from tests import expert_graphs
 from tests.conftest import MODELS
 from tests.expert_graphs import Layer
@@ -661,6 +661,12 @@ def test_every_kernel_path_has_a_tolerance_below_any_layout_bug() -> None:
                 for size in kernel.blocks:
                     row = tolerance_of(provider, Spec(FORMATS[name], size), dtype)
                     assert 0 < row.error < 0.05
+
+
+def test_what_cuda_hands_to_the_cpu_is_judged_as_the_cpu() -> None:
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    assert [runs_on(cuda, dtype) for dtype in SCALE_DTYPES] == [cpu, cuda, cuda]
+    assert [runs_on(cpu, dtype) for dtype in SCALE_DTYPES] == [cpu] * 3
 
 
 # Other people's models.

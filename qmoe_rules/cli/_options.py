@@ -32,20 +32,12 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
             group.add_argument(
                 "--asymmetric", dest=option.name, action="store_false", help="store zero points"
             )
-        elif option.kind is list:
-            group.add_argument(
-                flag,
-                dest=option.name,
-                action="append",
-                default=[],
-                metavar="PATTERN" if "PATTERN" in option.help else "PATTERN:FIELD=VALUE,...",
-                help=option.help,
-            )
-        else:
-            shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else None
-            group.add_argument(
-                flag, type=option.kind, default=option.default, metavar=shown, help=option.help
-            )
+            continue
+        settings: dict[str, Any] = {"type": option.kind, "default": option.default}
+        if option.kind is list:
+            settings = {"action": "append", "default": []}
+        shown = option.shown or "{" + ",".join(map(str, option.choices)) + "}"
+        group.add_argument(flag, dest=option.name, metavar=shown, help=option.help, **settings)
     command.add_argument(
         "--fail-if-skipped",
         action="store_true",

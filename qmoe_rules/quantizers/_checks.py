@@ -7,8 +7,9 @@ import numpy.typing as npt
 
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import SCALE_DTYPES, Spec
+from qmoe_rules.statistics import Statistics
 
-__all__ = ["check", "finite_float32", "not_finite"]
+__all__ = ["check", "check_statistics", "finite_float32", "not_finite"]
 
 
 def check(weight: npt.NDArray[np.generic], spec: Spec) -> None:
@@ -32,3 +33,20 @@ def finite_float32(weight: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
 def not_finite(row: int) -> SourceError:
     """Returns the error for a row that holds an infinity or a NaN."""
     return SourceError(f"row {row} holds an infinity or a NaN")
+
+
+def check_statistics(statistics: Statistics | None, columns: int) -> None:
+    """Raises ValueError where statistics do not fit a weight of so many columns."""
+    if statistics is None:
+        return
+    shapes = {"mean_square": (columns,), "hessian": (columns, columns)}
+    for name, shape in shapes.items():
+        array = getattr(statistics, name)
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(f"{name} is {list(array.shape)}, where K={columns}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds an infinity or a NaN")
+    if (statistics.mean_square < 0).any():
+        raise ValueError("mean_square is negative somewhere")

@@ -23,7 +23,7 @@ from qmoe_rules.verification import _execution as execution
 from qmoe_rules.verification._pairing import Pair
 from qmoe_rules.verification._report import Failure, NodeResult
 from qmoe_rules.verification._runtime import RunError
-from qmoe_rules.verification._tolerances import PROVIDERS, Tolerance, tolerance_of
+from qmoe_rules.verification._tolerances import PROVIDERS, Tolerance, runs_on, tolerance_of
 from qmoe_rules.verification._weights import check_projection
 from qmoe_rules.weights import ExpertWeights
 
@@ -196,7 +196,9 @@ def _computed(
     result = replace(result, output_error=error, inputs=inputs.origin)
     if not np.isfinite(expected).all():
         return result.failing(Failure("weights", "what they compute is not finite"))
-    provider = settings.provider
+    provider = runs_on(settings.provider, conversion.dtype.name)
+    if provider != settings.provider:
+        result = result.noting(f"{provider} runs it: {settings.provider} has no such kernel")
     if reason := obstacle(Pair(conversion.before, conversion.after), provider):
         return result.noting(f"checked with the reference alone: {reason}")
     try:
