@@ -232,7 +232,8 @@ def test_every_recipe_field_is_an_option_of_both_commands(
         ),
     }
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    assert list(given) == [name for name in fields if name != "calibration"]  # which is a file
+    # A calibration is a file, which no test here has; a budget goes with no bits.
+    assert list(given) == [name for name in fields if name not in ("calibration", "budget")]
     expected = Recipe(**{name: value for name, (_, value) in given.items()})
     seen: list[Recipe] = []
     workers: list[int | None] = []
@@ -248,8 +249,9 @@ def test_every_recipe_field_is_an_option_of_both_commands(
     assert qmoe("plan", source, *options).status == 0
     assert qmoe("quantize", source, tmp_path / "out", *options, "--workers", "3").status == 0
     assert qmoe("plan", source).status == 0
-    assert workers == [None, 3, None]
-    assert seen == [expected, expected, Recipe()]
+    assert qmoe("plan", source, "--budget", "3.5").status == 0
+    assert workers == [None, 3, None, None]
+    assert seen == [expected, expected, Recipe(), Recipe(budget=3.5)]
 
 
 def test_exclude_and_override_reach_the_nodes(qmoe: Run, source: Path) -> None:

@@ -663,6 +663,18 @@ def test_every_kernel_path_has_a_tolerance_below_any_layout_bug() -> None:
                     assert 0 < row.error < 0.05
 
 
+def test_a_lower_accuracy_level_has_its_own_tolerance(tmp_path: Path) -> None:
+    after = converted(TINY["fp32"], tmp_path / "out", **INT4)
+    draft = Draft(after)
+    draft.set(accuracy_level=4)
+    draft.save()
+    report = checked(TINY["fp32"], after)
+    assert report.passed
+    first, second = report.nodes
+    assert (first.tolerance, second.tolerance) == (2.5e-2, 1e-5)
+    assert (first.execution_error or 0) > 1e-3
+
+
 def test_what_cuda_hands_to_the_cpu_is_judged_as_the_cpu() -> None:
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
     assert [runs_on(cuda, dtype) for dtype in SCALE_DTYPES] == [cpu, cuda, cuda]

@@ -119,6 +119,17 @@ def test_and_in_the_other_direction(change: str) -> None:
     assert len(Comparison(model(**fields), model()).differences) == 1
 
 
+def test_inputs_with_a_default() -> None:
+    """Old models list every initializer as a graph input too."""
+    before = model(home="overridable")
+    assert Comparison(before, model(home="overridable")).differences == []
+    (changed,) = Comparison(before, model(home="overridable", weight=W + 1)).differences
+    assert changed.text == "constant w has other values in the converted model"
+    inputs, value = Comparison(before, model()).differences
+    assert inputs.text == "graph inputs flag, x, w, and flag, x in the converted model"
+    assert value.text == "w is a graph input, and w is a constant in the converted model"
+
+
 def test_differences_are_taken_by_the_place_where_they_are() -> None:
     before, after = model(), model(weight=W + 1, inner="Neg")
     comparison = Comparison(before, after)

@@ -83,14 +83,15 @@ def search(
     engine = kernels()
     if engine is None:
         return search_numpy(weight, spec, statistics)
-    return _search(weight, spec, statistics, engine)
+    return _search(weight, spec, statistics, rtn(weight, spec), engine)
 
 
 def search_numpy(
     weight: npt.NDArray[np.generic], spec: Spec, statistics: Statistics | None = None
 ) -> QuantizedWeights:
     """The meaning of `search`, in plain numpy; byte-equal to it, and its stand-in."""
-    return _search(weight, spec, statistics, NumpyEngine())
+    nearest = (rtn_numpy if spec.format.element is None else float_rtn_numpy)(weight, spec)
+    return _search(weight, spec, statistics, nearest, NumpyEngine())
 
 
 class NumpyEngine:
@@ -130,6 +131,160 @@ class NumpyEngine:
     ) -> None:  # fmt: skip
         """See `_kernels.searching.encode_tiles`."""
         codes[:] = _codes(tiles, scales, points, top, False) + points[..., None, :]
+
+
+def _search(
+    weight: npt.NDArray[np.generic],
+    spec: Spec,
+    statistics: Statistics | None,
+    nearest: QuantizedWeights,
+    engine: Engine,
+) -> QuantizedWeights:
+    """Searches from what round to nearest made of the weights."""
+    rows, columns = weight.shape
+    check_statistics(statistics, columns)
+    if spec.format.square:
+        return nearest
+    importance = column_weights(statistics, columns).reshape(spec.blocks(columns), -1)
+    if spec.format.element is not None:
+        return _search_floats(weight, importance, nearest, engine)
+    scales = np.empty((rows, spec.blocks(columns)), weight.dtype)
+    points = np.empty(scales.shape, np.uint8)
+    codes = np.empty((rows, columns), np.uint8)
+    for start in range(0, rows, _ROWS):
+        part = slice(start, start + _ROWS)
+        tiles = _Tiles.of(weight[part], importance)
+        old = nearest.scales.reshape(scales.shape)[part], _points(nearest, scales.shape)[part]
+        codes[part], scales[part], points[part] = _search_integers(tiles, spec, old, engine)
+    shape = spec.scales_shape(rows, columns)
+    zero_points = None if spec.symmetric else points.reshape(shape)
+    packed = pack(codes, spec.format.bits)
+    return QuantizedWeights(packed, scales.reshape(shape), spec, zero_points)
+
+
+def column_weights(statistics: Statistics | None, columns: int) -> Float32:
+    """Returns what the square of an error in every column counts, float32 [K]."""
+    if statistics is None or not statistics.mean_square.any():
+        return np.ones(columns, np.float32)
+    square = statistics.mean_square.astype(np.float32, copy=False)
+    square = square / square.max()
+    return np.maximum(square, _LEAST_WEIGHT * square.mean())
+
+
+def _points(quantized: QuantizedWeights, shape: tuple[int, int]) -> Float32:
+    """Returns the zero points of every block, float32."""
+    if quantized.zero_points is None:
+        return np.full(shape, np.float32(quantized.spec.format.zero_point))
+    return quantized.zero_points.reshape(shape).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Some rows, side by side, every block divided by a power of two so that its peak is near 1.
+
+    Attributes:
+        rows: How many there are; what fills the last tile up is zero.
+        dtype: The type of the weights.
+        values: float32 [T, blocks, B, L].
+        unit: float32 [T, blocks, L], what the values were divided by.
+        weights: float32 [blocks, B], what columns count, divided alike by `share`.
+        share: float32 [blocks, 1].
+    """
+
+    rows: int
+    dtype: np.dtype
+    values: Float32
+    unit: Float32
+    weights: Float32
+    share: Float32
+
+    @classmethod
+    def of(cls, weight: npt.NDArray[np.generic], importance: Float32) -> _Tiles:
+        """Makes tiles of weights [n, K] of importance [blocks, B]."""
+        blocks = finite_float32(weight).reshape(len(weight), *importance.shape)
+        values = cls.beside(blocks)
+        peak = np.abs(values).max(axis=2)
+        unit = np.ldexp(np.float32(1), np.frexp(peak)[1] - 1)
+        unit[peak == 0] = 1
+        values /= unit[:, :, None]
+        share = importance.max(axis=1, keepdims=True)
+        return cls(len(weight), weight.dtype, values, unit, importance / share, share)
+
+    @staticmethod
+    def beside(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Puts rows [n, blocks, ...] side by side, [T, blocks, ..., L]."""
+        rows, *rest = array.shape
+        padded = np.zeros((-(-rows // _LANES) * _LANES, *rest), array.dtype)
+        padded[:rows] = array
+        return np.ascontiguousarray(np.moveaxis(padded.reshape(-1, _LANES, *rest), 1, -1))
+
+    def below(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Undoes `beside`."""
+        rows = np.moveaxis(array, -1, 1)
+        return rows.reshape(-1, *rows.shape[2:])[: self.rows]
+
+    def rounded(self, scales: Float32) -> Float32:
+        """Returns scales as they are once they have been stored."""
+        return stored_scales(scales * self.unit, self.dtype).astype(np.float32) / self.unit
+
+    def total(self, sums: Float32) -> npt.NDArray[np.float64]:
+        """Adds up a sum of squares over the blocks of a row, [T, blocks, L] to [T, 1, L]."""
+        square = np.square(self.unit, dtype=np.float64) * self.share
+        return np.asarray((sums * square).sum(axis=1, keepdims=True))
+
+
+def _search_integers(
+    tiles: _Tiles, spec: Spec, nearest: tuple[npt.NDArray[Any], Float32], engine: Engine
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic], npt.NDArray[np.uint8]]:
+    """Returns codes [n, K], scales and zero points [n, blocks]."""
+    top = np.float32(spec.format.max_code)
+
+    def measured(scales: Float32, points: Float32) -> Float32:
+        sums = np.empty((3, *scales.shape), np.float32)
+        engine.measure(tiles.values, tiles.weights, scales, points, top, False, sums)
+        return sums
+
+    tried, middles = candidates(tiles.values, 2, spec)
+    chosen = np.zeros(tiles.unit.shape, np.int64)
+    engine.least_error(tiles.values, tiles.weights, tried, middles, top, False, chosen)
+    scales, points = (np.take_along_axis(a, chosen[None], 0)[0] for a in (tried, middles))
+    best_scales = tiles.beside(nearest[0].astype(np.float32)) / tiles.unit
+    best_points = tiles.beside(nearest[1])
+    best = measured(best_scales, best_points)
+    for _ in range(_FITS + 1):
+        scales = tiles.rounded(scales)
+        sums = measured(scales, points)
+        better = sums[0] < best[0]
+        best[:, better] = sums[:, better]
+        best_scales[better], best_points[better] = scales[better], points[better]
+        step = np.divide(sums[1], sums[2], out=np.zeros_like(scales), where=sums[2] > 0)
+        scales = scales + step
+    codes = np.empty(tiles.values.shape, np.uint8)
+    engine.encode_tiles(tiles.values, best_scales, best_points, top, codes)
+    gain = _gain(tiles, best, best_scales, measured(np.zeros_like(scales), points)[0])
+    final = stored_scales((best_scales * gain).astype(np.float32) * tiles.unit, tiles.dtype)
+    flat = tiles.below(codes).reshape(tiles.rows, -1)
+    return flat, tiles.below(final), tiles.below(best_points).astype(np.uint8)
+
+
+def _gain(
+    tiles: _Tiles, sums: Float32, scales: Float32, power: Float32
+) -> npt.NDArray[np.float64]:
+    """Returns what makes the codes of every row as long as its weights, [T, 1, L]."""
+    whole = tiles.total(power)
+    lost = tiles.total(sums[0] + scales * sums[1])  # sum w x (x - q)
+    kept = np.maximum(whole - lost, whole / _MOST_GAIN)
+    return np.divide(whole, kept, out=np.ones_like(whole), where=whole > 0)
+
+
+def _search_floats(
+    weight: npt.NDArray[np.generic],
+    importance: Float32,
+    nearest: QuantizedWeights,
+    engine: Engine,
+) -> QuantizedWeights:
+    """Chooses among the stored scales next to those of round to nearest."""
+    raise NotImplementedError
 
 
 def _codes(

@@ -93,10 +93,11 @@ def verify(
         if pair.before is not None and pair.after is not None:
             comparison.walk(pair.before.outputs[0], pair.after.outputs[0])
     settings = Settings(second.path.parent, provider, tokens, seed, source_layout)
-    names = [_names(pair, first, second) if feeds else None for pair in found]
+    given = feeds is not None
+    names = [_names(pair, first, second) if given else None for pair in found]
     run = WholeRun("not asked for")
-    if feeds or whole_model:
-        made = feeds or random_feeds(first.model, tokens, seed)
+    if feeds is not None or whole_model:
+        made = random_feeds(first.model, tokens, seed) if feeds is None else feeds
         reasons = (obstacle(pair, provider) for pair in found)
         reason = next((each for each in reasons if each), None)
         if isinstance(made, str):
@@ -111,7 +112,7 @@ def verify(
     failures = [Failure("outside", text) for text in texts]
     if not any(pair.after is not None and ops.is_op(pair.after, "QMoE") for pair in found):
         failures.insert(0, Failure("pairing", "the converted model has no QMoE"))
-    told = run.told or f"ran on {'the given' if feeds else 'random'} inputs"
+    told = run.told or f"ran on {'the given' if given else 'random'} inputs"
     return VerificationReport(provider, nodes, (*failures, *run.failures), run.outputs, told)
 
 

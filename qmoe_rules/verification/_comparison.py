@@ -19,7 +19,7 @@ from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.slices import SlicedTensor
 
-__all__ = ["Comparison", "Difference", "same_tensor"]
+__all__ = ["Comparison", "Difference"]
 
 Values = Sequence[ir.Value | None]
 
@@ -103,9 +103,13 @@ class Comparison:
         if (a, b) in self._values:
             return
         self._values.add((a, b))
-        first, second = _constant(a), _constant(b)
+        first, second = (ir.convenience.get_const_tensor(value) for value in (a, b))
+        overridable = a.is_graph_input(), b.is_graph_input()
+        if overridable[0] != overridable[1] or (all(overridable) and a.name != b.name):
+            self._differ(a, *(_kind(value) for value in (a, b)))
+            return
         if first is not None and second is not None:
-            if not same_tensor(first, second):
+            if not _same_tensor(first, second):
                 self.differences.append(Difference(a, _changed(a, first, b, second)))
             return
         if (first is None) != (second is None):
@@ -113,7 +117,7 @@ class Comparison:
             return
         x, y = a.producer(), b.producer()
         if x is None or y is None:
-            if x is not y or a.name != b.name:
+            if x is not y:
                 self._differ(a, *(_kind(value) for value in (a, b)))
             return
         if a.index() != b.index():
@@ -199,7 +203,7 @@ def _ancestors(*values: ir.Value | None) -> set[ir.Value]:
     return found
 
 
-def same_tensor(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+def _same_tensor(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
     """Returns whether two tensors have the same type, shape and bytes, read piece by piece."""
     return a is b or (
         a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape) and _digest(a) == _digest(b)
@@ -229,10 +233,6 @@ def _pieces(tensor: ir.TensorProtocol) -> Iterable[bytes]:
         yield tensor.tobytes()
 
 
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    return None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
-
-
 def _given(value: ir.Value | None) -> ir.Value | None:
     return None if value is None or value.name == "" else value
 
@@ -256,7 +256,7 @@ def _same_attribute(a: ir.Attr, b: ir.Attr) -> bool:
         first, second = (
             [each.value] if each.type == ir.AttributeType.TENSOR else each.value for each in (a, b)
         )
-        return len(first) == len(second) and all(map(same_tensor, first, second))
+        return len(first) == len(second) and all(map(_same_tensor, first, second))
     if a.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
         # The file holds float32, and a rule may have written a Python float.
         numbers, others = (np.asarray(each.value, np.float32) for each in (a, b))
@@ -273,7 +273,7 @@ def _kind(value: ir.Value) -> str:
     node = value.producer()
     if value.is_graph_input():
         return f"{value.name} is a graph input"
-    if _constant(value) is not None:
+    if ir.convenience.get_const_tensor(value) is not None:
         return f"{value.name} is a constant"
     return (
         f"{value.name} is computed"

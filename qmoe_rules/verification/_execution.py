@@ -136,7 +136,13 @@ def stored_experts(stored: StoredProjection) -> Array:
 
 def float_experts(weights: ExpertWeights) -> Array:
     """Returns float weights, to be read one expert at a time."""
-    return cast(Array, _Experts(weights.shape, weights.expert))
+
+    def read(expert: int) -> Array:
+        weight = weights.expert(expert).astype(np.float32)
+        weights.release(expert)
+        return weight
+
+    return cast(Array, _Experts(weights.shape, read))
 
 
 def compute(node: ir.Node, weights: Mapping[str, Array], inputs: Inputs) -> npt.NDArray[np.float64]:

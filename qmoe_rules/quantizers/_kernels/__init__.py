@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from qmoe_rules.quantizers._kernels.permuting import load_tiles, store_tiles, transpose_nibbles
 from qmoe_rules.quantizers._kernels.rounding import block_peaks, round_floats, round_integers
+from qmoe_rules.quantizers._kernels.searching import encode_tiles, least_error, measure
 
 __all__ = [
     "block_peaks",
+    "encode_tiles",
+    "least_error",
     "load_tiles",
+    "measure",
     "round_floats",
     "round_integers",
     "store_tiles",

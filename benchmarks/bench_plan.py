@@ -1,0 +1,116 @@
+"""Planning: start-up, many nodes, many experts, and a model much larger than memory.
+
+    python benchmarks/bench_plan.py [--nodes 1000 2000 5000 10000] [--experts 384] [--layers 61]
+                                    [--sparse-gb 40] [--rounds 7] [--folder FOLDER]
+
+Prints how long `qmoe plan` takes on a small model in a process of its own; how long it takes to
+plan models of more and more MoE nodes, and one of layers whose experts are all spelled out, each
+computing every token, as exporters without a fused operator write them; and how long a sparse
+file, whose weights take no room and read as zero, takes to be planned and quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import moe_files
+from rich.console import Console
+from rich.table import Table
+
+from qmoe_rules import QuantizeMoEPass, plan, quantize
+from qmoe_rules.report import human_bytes
+from tests import expert_graphs
+from tests.moe_models import Graph
+
+Row = tuple[str, str, str]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def start_up(folder: Path, rounds: int) -> Row:
+    """Times `qmoe plan` on one small layer, in a process of its own."""
+    model = moe_files.write(folder, moe_files.SMALL, 1)
+    command = [sys.executable, "-m", "qmoe_rules.cli", "plan", str(model)]
+    taken = min(
+        seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+        for _ in range(rounds)
+    )
+    return "qmoe plan, one small layer", f"{taken:.2f} s", f"best of {rounds} processes"
+
+
+def many_nodes(folder: Path, count: int) -> Row:
+    """Times planning a model of `count` nodes, each with weights of its own."""
+    model = moe_files.write(folder, moe_files.SMALL, count, sparse=True)
+    taken = seconds(lambda: plan(model, bits=4, block_size=32))
+    return f"{count} MoE nodes", f"{taken:.2f} s", f"{1e3 * taken / count:.2f} ms per node"
+
+
+def spelled_out(layers: int, experts: int) -> Row:
+    """Times fusing and planning layers of experts that are spelled out."""
+    layer = expert_graphs.Layer(experts=experts, hidden=64, inter=64, k=8)
+    graph = Graph()
+    x = total = expert_graphs.source(graph, layer)
+    for index in range(layers):
+        moe = expert_graphs.Builder(layer, graph, f"l{index}.").experts(total)
+        moe.type, moe.shape = x.type, x.shape
+        total = graph.op("Add", total, moe, out=f"residual_{index}", like=x)
+    model, nodes = graph.model(total), len(graph.nodes)
+    quantize_moe = QuantizeMoEPass(bits=4, block_size=32)
+    taken = seconds(lambda: quantize_moe(model))
+    converted = sum(row.status == "converted" for row in quantize_moe.report.rows)
+    what = f"{layers} layers of {experts} experts spelled out"
+    return what, f"{taken:.2f} s", f"{nodes} nodes, {converted} layers converted"
+
+
+def much_larger(folder: Path, gb: float) -> list[Row]:
+    """Times planning and quantizing a sparse file."""
+    layers = moe_files.LAYER.count_for(gb * 1e9)
+    model = moe_files.write(folder, moe_files.LAYER, layers, sparse=True)
+    size = moe_files.LAYER.nbytes * layers
+    what = f"sparse model of {human_bytes(size)}"
+    planned = seconds(lambda: plan(model, bits=4, block_size=32))
+    start = time.perf_counter()
+    report = quantize(model, folder / "out", bits=4, block_size=32)
+    taken = time.perf_counter() - start
+    written = human_bytes(report.file_bytes_after or 0)
+    return [
+        (f"{what}: plan", f"{planned:.2f} s", f"{layers} layers"),
+        (f"{what}: quantize", f"{taken:.1f} s", f"{size / taken / 1e9:.2f} GB/s, {written} out"),
+    ]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--nodes", type=int, nargs="*", default=[1000, 2000, 5000, 10_000])
+    parser.add_argument("--experts", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("--sparse-gb", type=float, default=40)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary one)")
+    arguments = parser.parse_args()
+    table = Table("what", "time", "", box=None)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        folder = Path(scratch)
+        table.add_row(*start_up(folder / "small", arguments.rounds))
+        for count in arguments.nodes:
+            table.add_row(*many_nodes(folder / f"nodes{count}", count))
+        table.add_row(*spelled_out(arguments.layers, arguments.experts))
+        for row in much_larger(folder / "large", arguments.sparse_gb):
+            table.add_row(*row)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
