@@ -58,7 +58,7 @@ def many_nodes(folder: Path, count: int) -> Row:
 
 def spelled_out(layers: int, experts: int) -> Row:
     """Times fusing and planning layers of experts that are spelled out."""
-    layer = expert_graphs.Layer(experts=experts, hidden=64, inter=64, k=8)
+    layer = expert_graphs.Layer(experts=experts, hidden=32, inter=32, k=8)
     graph = Graph()
     x = total = expert_graphs.source(graph, layer)
     for index in range(layers):

@@ -77,12 +77,12 @@ def case_tables(runs: Sequence[Mapping[str, Any]]) -> str:
     """Returns what became of the cases, by group: the right ones in a list, the rest in a table.
 
     Args:
-        runs: What was measured, once or several times; the cases are those of the last one.
+        runs: What was measured, once or several times; what a later one says of a case counts.
     """
-    cases = runs[-1]["cases"]
+    cases = list({case["name"]: case for run in runs for case in run["cases"]}.values())
     found: dict[str, list[Row]] = {case["name"]: [] for case in cases}
     for result in (result for run in runs for result in run["results"]):
-        found.setdefault(result["name"], []).append(result)
+        found[result["name"]].append(result)
     parts = []
     for group in dict.fromkeys(case["group"] for case in cases):
         mine = [(case, found[case["name"]]) for case in cases if case["group"] == group]

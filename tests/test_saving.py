@@ -28,6 +28,7 @@ from qmoe_rules import (
     quantizers,
     save,
     saving,
+    slabs,
     writing,
 )
 from qmoe_rules.cli import main
@@ -455,7 +456,7 @@ def _last_expert_has_a_nan(monkeypatch: pytest.MonkeyPatch, source: Path) -> typ
 
 def _disk_is_full(monkeypatch: pytest.MonkeyPatch, source: Path) -> type[BaseException]:
     countdown = iter(range(SLABS // 2, -1, -1))
-    write = writing.write_slab
+    write = slabs.write_slab
 
     def full(slab: Slab, folder: Path, places: tuple[Place, ...]) -> int:
         if next(countdown, 0) == 0:
