@@ -118,8 +118,8 @@ def test_what_quantize_writes_passes(model: str, recipe: dict[str, Any], tmp_pat
         assert node.notes == ()
         assert node.execution_error is not None
         assert node.tolerance is not None
-        # Round to nearest is its own measure: the bound is twice its error, and a little more.
-        assert all(each.error <= 0.55 * each.bound for each in node.projections)
+        # Round to nearest is its own measure: the bound is 2.25 times its error, and a little more.
+        assert all(each.error <= 0.5 * each.bound for each in node.projections)
         assert all(each.follow == pytest.approx(1) for each in node.projections)
 
 

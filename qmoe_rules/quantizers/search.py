@@ -38,7 +38,6 @@ __all__ = ["NumpyEngine", "search", "search_numpy"]
 
 Float32 = npt.NDArray[np.float32]
 
-_LANES = 128
 _ROWS = 512  # at a time
 _FITS = 3
 # What a column counts that calibration saw little of, in means.
@@ -57,7 +56,7 @@ class Engine(Protocol):
     def least_error(self, *arguments: Any) -> None:
         """Writes the index of the best candidate of every block."""
 
-    def encode_tiles(self, *arguments: Any) -> None:
+    def encode_rows(self, *arguments: Any) -> None:
         """Writes integer codes."""
 
 
@@ -98,26 +97,26 @@ class NumpyEngine:
     """Every step is one float32 operation; columns are added up in their order."""
 
     def measure(
-        self, tiles: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
+        self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
         floats: bool, sums: Float32,
     ) -> None:  # fmt: skip
         """See `_kernels.searching.measure`."""
-        codes = _codes(tiles, scales, points, top, floats)
-        off = tiles - scales[..., None, :] * codes
-        weights = weights[None, :, :, None]
-        terms = (weights * off * off, weights * off * codes, weights * codes * codes)
+        codes = _codes(values, scales, points, top, floats)
+        off = values - scales[:, None] * codes
+        weight = weights[..., None]
+        terms = (weight * off * off, weight * off * codes, weight * codes * codes)
         for target, term in zip(sums, terms, strict=True):
-            target[:] = np.add.accumulate(term, axis=2)[:, :, -1]
+            target[:] = np.add.accumulate(term, axis=1)[:, -1]
 
     def least_error(
-        self, tiles: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
+        self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
         floats: bool, chosen: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
         """See `_kernels.searching.least_error`."""
         best = np.full(chosen.shape, np.float32(np.inf))
         sums = np.empty((3, *chosen.shape), np.float32)
         for index, (scale, point) in enumerate(zip(scales, points, strict=True)):
-            self.measure(tiles, weights, scale, point, top, floats, sums)
+            self.measure(values, weights, scale, point, top, floats, sums)
             error, slope, curve = sums
             if not floats:
                 gain = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
@@ -125,12 +124,27 @@ class NumpyEngine:
             better = error < best
             best[better], chosen[better] = error[better], index
 
-    def encode_tiles(
-        self, tiles: Float32, scales: Float32, points: Float32, top: np.float32,
+    def encode_rows(
+        self, values: Float32, scales: Float32, points: Float32, top: np.float32,
         codes: npt.NDArray[np.uint8],
     ) -> None:  # fmt: skip
-        """See `_kernels.searching.encode_tiles`."""
-        codes[:] = _codes(tiles, scales, points, top, False) + points[..., None, :]
+        """See `_kernels.searching.encode_rows`."""
+        codes[:] = _codes(values, scales, points, top, False) + points[:, None]
+
+
+def _codes(
+    values: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool
+) -> Float32:
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    low, high = -points[:, None], (top - points)[:, None]
+    steps = np.minimum(np.maximum(values * inverse[:, None], low), high)
+    rounder: Any = _ROUNDER
+    if floats:
+        size = np.abs(steps)
+        apart = np.where(size < 2, np.float32(0.5), np.where(size < 4, np.float32(1), np.float32(2)))
+        rounder = _ROUNDER * apart
+    codes: Float32 = (steps + rounder) - rounder
+    return codes
 
 
 def _search(
@@ -151,11 +165,13 @@ def _search(
     scales = np.empty((rows, spec.blocks(columns)), weight.dtype)
     points = np.empty(scales.shape, np.uint8)
     codes = np.empty((rows, columns), np.uint8)
+    known = nearest.scales.reshape(scales.shape).astype(np.float32), _points(nearest, scales.shape)
     for start in range(0, rows, _ROWS):
         part = slice(start, start + _ROWS)
-        tiles = _Tiles.of(weight[part], importance)
-        old = nearest.scales.reshape(scales.shape)[part], _points(nearest, scales.shape)[part]
-        codes[part], scales[part], points[part] = _search_integers(tiles, spec, old, engine)
+        old = known[0][part].T, known[1][part].T
+        found = _search_integers(_Rows.of(weight[part], importance), spec, old, engine)
+        codes[part] = found[0].reshape(columns, -1).T
+        scales[part], points[part] = found[1].T, found[2].T
     shape = spec.scales_shape(rows, columns)
     zero_points = None if spec.symmetric else points.reshape(shape)
     packed = pack(codes, spec.format.bits)
@@ -179,19 +195,17 @@ def _points(quantized: QuantizedWeights, shape: tuple[int, int]) -> Float32:
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class _Rows:
     """Some rows, side by side, every block divided by a power of two so that its peak is near 1.
 
     Attributes:
-        rows: How many there are; what fills the last tile up is zero.
         dtype: The type of the weights.
-        values: float32 [T, blocks, B, L].
-        unit: float32 [T, blocks, L], what the values were divided by.
-        weights: float32 [blocks, B], what columns count, divided alike by `share`.
+        values: float32 [blocks, B, N].
+        unit: float32 [blocks, N], what the values were divided by.
+        weights: float32 [blocks, B], what columns count, divided by `share`.
         share: float32 [blocks, 1].
     """
 
-    rows: int
     dtype: np.dtype
     values: Float32
     unit: Float32
@@ -199,80 +213,66 @@ class _Tiles:
     share: Float32
 
     @classmethod
-    def of(cls, weight: npt.NDArray[np.generic], importance: Float32) -> _Tiles:
-        """Makes tiles of weights [n, K] of importance [blocks, B]."""
-        blocks = finite_float32(weight).reshape(len(weight), *importance.shape)
-        values = cls.beside(blocks)
-        peak = np.abs(values).max(axis=2)
+    def of(cls, weight: npt.NDArray[np.generic], importance: Float32) -> _Rows:
+        """Takes weights [N, K] and their importance [blocks, B]."""
+        values = np.array(finite_float32(weight).T, order="C").reshape(*importance.shape, -1)
+        peak = np.abs(values).max(axis=1)
         unit = np.ldexp(np.float32(1), np.frexp(peak)[1] - 1)
         unit[peak == 0] = 1
-        values /= unit[:, :, None]
+        values /= unit[:, None]
         share = importance.max(axis=1, keepdims=True)
-        return cls(len(weight), weight.dtype, values, unit, importance / share, share)
+        return cls(weight.dtype, values, unit, importance / share, share)
 
-    @staticmethod
-    def beside(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Puts rows [n, blocks, ...] side by side, [T, blocks, ..., L]."""
-        rows, *rest = array.shape
-        padded = np.zeros((-(-rows // _LANES) * _LANES, *rest), array.dtype)
-        padded[:rows] = array
-        return np.ascontiguousarray(np.moveaxis(padded.reshape(-1, _LANES, *rest), 1, -1))
-
-    def below(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Undoes `beside`."""
-        rows = np.moveaxis(array, -1, 1)
-        return rows.reshape(-1, *rows.shape[2:])[: self.rows]
-
-    def rounded(self, scales: Float32) -> Float32:
-        """Returns scales as they are once they have been stored."""
-        return stored_scales(scales * self.unit, self.dtype).astype(np.float32) / self.unit
+    def stored(self, scales: Float32) -> npt.NDArray[np.generic]:
+        """Returns scales as they are stored."""
+        return stored_scales(scales * self.unit, self.dtype)
 
     def total(self, sums: Float32) -> npt.NDArray[np.float64]:
-        """Adds up a sum of squares over the blocks of a row, [T, blocks, L] to [T, 1, L]."""
+        """Adds up sums of squares over the blocks of every row, [N]."""
         square = np.square(self.unit, dtype=np.float64) * self.share
-        return np.asarray((sums * square).sum(axis=1, keepdims=True))
+        return np.asarray((sums * square).sum(axis=0))
 
 
 def _search_integers(
-    tiles: _Tiles, spec: Spec, nearest: tuple[npt.NDArray[Any], Float32], engine: Engine
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic], npt.NDArray[np.uint8]]:
-    """Returns codes [n, K], scales and zero points [n, blocks]."""
+    rows: _Rows, spec: Spec, nearest: tuple[Float32, Float32], engine: Engine
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic], Float32]:
+    """Returns codes [blocks, B, N], scales and zero points [blocks, N]."""
     top = np.float32(spec.format.max_code)
 
     def measured(scales: Float32, points: Float32) -> Float32:
         sums = np.empty((3, *scales.shape), np.float32)
-        engine.measure(tiles.values, tiles.weights, scales, points, top, False, sums)
+        engine.measure(rows.values, rows.weights, scales, points, top, False, sums)
         return sums
 
-    tried, middles = candidates(tiles.values, 2, spec)
-    chosen = np.zeros(tiles.unit.shape, np.int64)
-    engine.least_error(tiles.values, tiles.weights, tried, middles, top, False, chosen)
+    tried, middles = candidates(rows.values, 1, spec)
+    chosen = np.zeros(rows.unit.shape, np.int64)
+    engine.least_error(rows.values, rows.weights, tried, middles, top, False, chosen)
     scales, points = (np.take_along_axis(a, chosen[None], 0)[0] for a in (tried, middles))
-    best_scales = tiles.beside(nearest[0].astype(np.float32)) / tiles.unit
-    best_points = tiles.beside(nearest[1])
+    best_scales, best_points = nearest[0] / rows.unit, nearest[1].copy()
     best = measured(best_scales, best_points)
     for _ in range(_FITS + 1):
-        scales = tiles.rounded(scales)
+        scales = rows.stored(scales).astype(np.float32) / rows.unit
         sums = measured(scales, points)
         better = sums[0] < best[0]
         best[:, better] = sums[:, better]
         best_scales[better], best_points[better] = scales[better], points[better]
         step = np.divide(sums[1], sums[2], out=np.zeros_like(scales), where=sums[2] > 0)
         scales = scales + step
-    codes = np.empty(tiles.values.shape, np.uint8)
-    engine.encode_tiles(tiles.values, best_scales, best_points, top, codes)
-    gain = _gain(tiles, best, best_scales, measured(np.zeros_like(scales), points)[0])
-    final = stored_scales((best_scales * gain).astype(np.float32) * tiles.unit, tiles.dtype)
-    flat = tiles.below(codes).reshape(tiles.rows, -1)
-    return flat, tiles.below(final), tiles.below(best_points).astype(np.uint8)
+    codes = np.empty(rows.values.shape, np.uint8)
+    engine.encode_rows(rows.values, best_scales, best_points, top, codes)
+    whole = rows.total(measured(np.zeros_like(scales), points)[0])
+    lost = rows.total(best[0] + best_scales * best[1])  # sum w x (x - q)
+    final = rows.stored((best_scales * gain(whole, lost)).astype(np.float32))
+    return codes, final, best_points
 
 
-def _gain(
-    tiles: _Tiles, sums: Float32, scales: Float32, power: Float32
-) -> npt.NDArray[np.float64]:
-    """Returns what makes the codes of every row as long as its weights, [T, 1, L]."""
-    whole = tiles.total(power)
-    lost = tiles.total(sums[0] + scales * sums[1])  # sum w x (x - q)
+def gain(whole: npt.NDArray[np.float64], lost: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns what makes the codes of every row as long as its weights.
+
+    Args:
+        whole: sum w x^2, float64 [N].
+        lost: sum w x (x - q), float64 [N].
+    """
     kept = np.maximum(whole - lost, whole / _MOST_GAIN)
     return np.divide(whole, kept, out=np.ones_like(whole), where=whole > 0)
 
@@ -285,18 +285,3 @@ def _search_floats(
 ) -> QuantizedWeights:
     """Chooses among the stored scales next to those of round to nearest."""
     raise NotImplementedError
-
-
-def _codes(
-    tiles: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool
-) -> Float32:
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    low, high = -points, top - points
-    steps = np.minimum(np.maximum(tiles * inverse[..., None, :], low[..., None, :]), high[..., None, :])
-    rounder: Any = _ROUNDER
-    if floats:
-        size = np.abs(steps)
-        rounder = _ROUNDER * np.where(size < 2, np.float32(0.5), np.where(size < 4, 1, 2))
-        rounder = rounder.astype(np.float32)
-    codes: Float32 = (steps + rounder) - rounder
-    return codes

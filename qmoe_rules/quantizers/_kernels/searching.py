@@ -1,8 +1,9 @@
 """The sums of the search for scales, compiled.
 
-Weights come as tiles float32 [T, blocks, B, L]: T times L rows, the L rows of a tile side by side
-as the lanes of a vector, so that every row adds up its columns one after the other, in the order
-of `search.NumpyEngine`, which is the meaning of these kernels, byte for byte.
+Weights come transposed, float32 [blocks, B, N]: the N rows lie side by side as the lanes of a
+vector, so that every row adds up its columns one after the other, in the order of
+`search.NumpyEngine`, which is the meaning of these kernels, byte for byte. `BESIDE` rows are worked
+on at a time, so that their sums stay in the first-level cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 from qmoe_rules.quantizers._kernels.compiling import jit
 from qmoe_rules.quantizers._kernels.instructions import ROUNDER
 
-__all__ = ["encode_tiles", "least_error", "measure"]
+__all__ = ["encode_rows", "least_error", "measure"]
+
+BESIDE = 128
 
 
 @jit
@@ -48,7 +51,7 @@ def _measure(
     inverses, lows, highs = limits[0], limits[1], limits[2]
     _limits(scales, points, top, inverses, lows, highs)
     errors, slopes, curves = sums[0], sums[1], sums[2]
-    sums[:] = 0
+    errors[:], slopes[:], curves[:] = 0, 0, 0
     for k in range(weights.size):
         row, weight = tile[k], weights[k]
         for r in range(scales.size):
@@ -62,55 +65,58 @@ def _measure(
 
 @jit
 def measure(
-    tiles: Any, weights: Any, scales: Any, points: Any, top: Any, floats: bool, sums: Any
+    values: Any, weights: Any, scales: Any, points: Any, top: Any, floats: bool, sums: Any
 ) -> None:
     """Measures scales and zero points.
 
     Args:
-        tiles: float32 [T, blocks, B, L].
+        values: float32 [blocks, B, N].
         weights: float32 [blocks, B], what the square of an error counts.
-        scales: float32 [T, blocks, L].
-        points: float32 [T, blocks, L].
+        scales: float32 [blocks, N].
+        points: float32 [blocks, N].
         top: float32, the largest code.
         floats: Whether codes are e2m1 values, from -points to top - points, or else integers.
-        sums: float32 [3, T, blocks, L], written: the sums of w r^2, w r q and w q^2, q being a code
+        sums: float32 [3, blocks, N], written: the sums of w r^2, w r q and w q^2, q being a code
             without its zero point and r what it leaves.
     """
-    lanes = tiles.shape[3]
-    limits, found = np.empty((3, lanes), np.float32), np.empty((3, lanes), np.float32)
-    for t in range(tiles.shape[0]):
-        for b in range(tiles.shape[1]):
-            _measure(tiles[t, b], weights[b], scales[t, b], points[t, b], top, floats, limits, found)
-            sums[:, t, b] = found
+    limits = np.empty((3, BESIDE), np.float32)
+    for b in range(values.shape[0]):
+        for start in range(0, values.shape[2], BESIDE):
+            stop = min(start + BESIDE, values.shape[2])
+            _measure(
+                values[b, :, start:stop], weights[b], scales[b, start:stop],
+                points[b, start:stop], top, floats, limits, sums[:, b, start:stop],
+            )  # fmt: skip
 
 
 @jit
 def least_error(
-    tiles: Any, weights: Any, scales: Any, points: Any, top: Any, floats: bool, chosen: Any
+    values: Any, weights: Any, scales: Any, points: Any, top: Any, floats: bool, chosen: Any
 ) -> None:
     """Finds which of G candidates leaves the least error.
 
     That is once the scale has been fitted to the codes, unless they are floats.
 
     Args:
-        tiles: float32 [T, blocks, B, L].
+        values: float32 [blocks, B, N].
         weights: float32 [blocks, B].
-        scales: float32 [G, T, blocks, L].
-        points: float32 [G, T, blocks, L].
+        scales: float32 [G, blocks, N].
+        points: float32 [G, blocks, N].
         top: float32, the largest code.
         floats: Whether codes are e2m1 values.
-        chosen: int64 [T, blocks, L], written: the first one of the least error.
+        chosen: int64 [blocks, N], written: the first one of the least error.
     """
-    lanes = tiles.shape[3]
-    limits, sums = np.empty((3, lanes), np.float32), np.empty((3, lanes), np.float32)
-    best = np.empty(lanes, np.float32)
-    for t in range(tiles.shape[0]):
-        for b in range(tiles.shape[1]):
-            found = chosen[t, b]
+    limits, sums = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
+    best = np.empty(BESIDE, np.float32)
+    for b in range(values.shape[0]):
+        for start in range(0, values.shape[2], BESIDE):
+            found = chosen[b, start : start + BESIDE]
+            part = values[b, :, start : start + BESIDE]
             for g in range(scales.shape[0]):
-                scale, point = scales[g, t, b], points[g, t, b]
-                _measure(tiles[t, b], weights[b], scale, point, top, floats, limits, sums)
-                for r in range(lanes):
+                scale = scales[g, b, start : start + BESIDE]
+                point = points[g, b, start : start + BESIDE]
+                _measure(part, weights[b], scale, point, top, floats, limits, sums)
+                for r in range(found.size):
                     slope, curve = sums[1, r], sums[2, r]
                     gain = np.float32(0)
                     if curve > np.float32(0) and not floats:
@@ -122,16 +128,15 @@ def least_error(
 
 
 @jit
-def encode_tiles(tiles: Any, scales: Any, points: Any, top: Any, codes: Any) -> None:
-    """Writes integer codes with their zero points, uint8 [T, blocks, B, L]; see `measure`."""
-    limits = np.empty((3, tiles.shape[3]), np.float32)
+def encode_rows(values: Any, scales: Any, points: Any, top: Any, codes: Any) -> None:
+    """Writes integer codes with their zero points, uint8 [blocks, B, N]; see `measure`."""
+    limits = np.empty((3, values.shape[2]), np.float32)
     inverses, lows, highs = limits[0], limits[1], limits[2]
-    for t in range(tiles.shape[0]):
-        for b in range(tiles.shape[1]):
-            point = points[t, b]
-            _limits(scales[t, b], point, top, inverses, lows, highs)
-            for k in range(tiles.shape[2]):
-                row, line = tiles[t, b, k], codes[t, b, k]
-                for r in range(row.size):
-                    code = _code(row[r] * inverses[r], lows[r], highs[r], False)
-                    line[r] = np.uint8(np.int32(code + point[r]))
+    for b in range(values.shape[0]):
+        point = points[b]
+        _limits(scales[b], point, top, inverses, lows, highs)
+        for k in range(values.shape[1]):
+            row, line = values[b, k], codes[b, k]
+            for r in range(row.size):
+                code = _code(row[r] * inverses[r], lows[r], highs[r], False)
+                line[r] = np.uint8(np.int32(code + point[r]))
