@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "Calibration",
     "ConfigError",
+    "NodeSummary",
     "QMoEError",
     "QuantizeMoEPass",
     "Recipe",
@@ -17,6 +18,7 @@ __all__ = [
     "VerificationReport",
     "calibrate",
     "fuse_experts_rules",
+    "inspect",
     "moe_to_qmoe_rules",
     "normalize_moe_rules",
     "plan",
@@ -37,6 +39,7 @@ from qmoe_rules.errors import (
     UnsupportedNodeError,
     VerificationError,
 )
+from qmoe_rules.inspection import NodeSummary, inspect
 from qmoe_rules.passes import QuantizeMoEPass, prepare
 from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.recipe import Recipe

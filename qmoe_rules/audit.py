@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qmoe_rules import ops
+from qmoe_rules.facts import facts_of
 from qmoe_rules.formats import Spec, format_of
 from qmoe_rules.kernels import (
     GATED,
@@ -29,6 +30,7 @@ from qmoe_rules.kernels import (
 )
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.remedies import remedy
+from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.weights import resolve
 
 __all__ = ["Audit", "audit"]
@@ -37,7 +39,6 @@ _TWICE = (
     "router_probs comes from a Softmax, and the operator applies softmax to it again; the exporter "
     "may not have meant it"
 )
-_LAYOUTS = {0: "raw", 1: "cutlass_sm80"}
 
 Shape = tuple[int, ...]
 
@@ -77,10 +78,7 @@ def audit(node: ir.Node, target: str) -> Audit:
     if fault is not None:
         return Audit(fault.verdict, fault.reason, remedy(facts, stored, fault, target))
     notes = tables.warnings(facts, stored.specs if stored else {})
-    router = ops.inputs(node)["router_probs"]
-    producer = router.producer() if router is not None else None
-    twice = producer is not None and (producer.domain, producer.op_type) == ("", "Softmax")
-    return Audit(RIGHT, notes=(*notes, _TWICE) if twice else notes)
+    return Audit(RIGHT, notes=(*notes, _TWICE) if ops.routes_by_softmax(node) else notes)
 
 
 class _FaultError(Exception):
@@ -94,14 +92,14 @@ class _FaultError(Exception):
 def _read_moe(node: ir.Node) -> tuple[Facts, None]:
     given, values = ops.inputs(node), ops.attributes(node)
     _check_schema(node)
-    shapes = {name: _shape(given, f"{name}_experts_weights") for name in _projections(given)}
+    shapes = {name: _shape(given, f"{name}_experts_weights") for name in ops.projections(given)}
     return _facts(node, given, values, shapes), None
 
 
 def _read_qmoe(node: ir.Node) -> tuple[Facts, Stored]:
     given, values = ops.inputs(node), ops.attributes(node)
     _check_schema(node)
-    specs = {name: _spec(name, given, values) for name in _projections(given)}
+    specs = {name: _spec(name, given, values) for name in ops.projections(given)}
     for name, spec in specs.items():
         _check_types(name, given, spec)
     sides = {name: _sides(name, given, spec) for name, spec in specs.items()}
@@ -130,11 +128,6 @@ def _check_schema(node: ir.Node) -> None:
             raise _FaultError(UNKNOWN, f"attribute {name} is what the caller of the function gives")
 
 
-def _projections(given: Mapping[str, ir.Value | None]) -> list[str]:
-    fc3 = any(value is not None for slot, value in given.items() if slot.startswith("fc3_"))
-    return ["fc1", "fc2", "fc3"] if fc3 else ["fc1", "fc2"]
-
-
 def _facts(
     node: ir.Node,
     given: Mapping[str, ir.Value | None],
@@ -142,7 +135,6 @@ def _facts(
     shapes: Mapping[str, Shape],
 ) -> Facts:
     """Returns the facts of a node whose weights are [E, N, K] by projection."""
-    _, hidden, inter = shapes["fc2"]
     gated = values["activation_type"] in GATED
     biased = given["fc1_experts_bias"] is not None or given["fc3_experts_bias"] is not None
     # Which fusions a kernel takes, and whether it minds a limit without a gate, say the tables.
@@ -151,14 +143,8 @@ def _facts(
         asked["swiglu_limit"] = None
     if reason := ops.refuse_shapes(shapes["fc1"], shapes["fc2"], given, asked, shapes.get("fc3")):
         raise _FaultError(REFUSED, reason)
-    return Facts(
-        dtype=_dtype(node, given),
-        activation=values["activation_type"],
-        fusion=values["swiglu_fusion"],
-        hidden=hidden,
-        inter=inter,
-        sparse_mixer=bool(values["use_sparse_mixer"]),
-        limit_after_activation=bool(values["swiglu_limit_after_activation"]),
+    return dataclasses.replace(
+        facts_of(_dtype(node, given), shapes["fc2"], values),
         fc3="fc3" in shapes,
         limited=values["swiglu_limit"] is not None or not gated,
         others=frozenset({"fc3_biases"} if "fc3" in shapes and biased else ()),
@@ -273,7 +259,7 @@ def _layouts(orders: set[bool], quant_type: str, prepacked: int) -> frozenset[st
         both = quant_type == "nvfp4" and prepacked == 1 and "n_packed" in allowed
         return frozenset(allowed | {"k_packed"} if both else allowed)
     allowed = {"cutlass_sm80" if transposed else "raw" for transposed in orders}
-    stated = _LAYOUTS.get(prepacked)
+    stated = dict(enumerate(STORED_LAYOUTS)).get(prepacked)
     return frozenset({stated} if stated in allowed else allowed)
 
 

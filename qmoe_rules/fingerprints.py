@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.facts import constant_weights
+from qmoe_rules.facts import FloatMoE, constant_weights
+from qmoe_rules.statistics import Calibration
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["fingerprint", "fingerprints"]
+__all__ = ["fingerprint", "fingerprints", "refuse_calibration"]
 
 _SAMPLE_BYTES = 64 << 10
 
@@ -61,3 +62,16 @@ def fingerprints(model: ir.Model) -> dict[str, str]:
         if not isinstance(weights, str):
             found[ops.label(node)] = fingerprint(ops.attributes(node), weights)
     return found
+
+
+def refuse_calibration(calibration: Calibration, name: str, moe: FloatMoE) -> str | None:
+    """Returns why nothing is known of a node, or None.
+
+    Raises:
+        ConfigError: The calibration is of another model.
+        SourceError: The weights cannot be read.
+    """
+    if name not in calibration.fingerprints:
+        return f"calibration {calibration.path.name} has no node {name}"
+    calibration.check({name: fingerprint(moe.attributes, moe.weights)})
+    return None

@@ -15,6 +15,7 @@ from qmoe_rules.layouts import LAYOUTS
 __all__ = [
     "GARBAGE",
     "GATED",
+    "INTERLEAVED",
     "REFUSED",
     "RIGHT",
     "TRAPS",
@@ -38,8 +39,10 @@ REFUSED = "refuses to run"
 UNKNOWN = "cannot be known from the file"
 """What the kernel computes depends on what the file does not say."""
 
-# Activations whose fc1 rows hold a gate and a linear half.
-GATED = frozenset({"geglu", "swiglu"})
+INTERLEAVED = {"geglu": "geglu", "gelu": "geglu", "silu": "swiglu", "swiglu": "swiglu"}
+"""What an activation with an fc3 is called where gate and linear rows are both in fc1."""
+GATED = frozenset(INTERLEAVED.values())
+"""Activations whose fc1 rows hold a gate and a linear half."""
 
 Specs = Mapping[str, Spec]
 """How the projections of a node are stored, by name: fc1, fc2 and, where there is one, fc3."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qmoe_rules.targets import GATED
+from qmoe_rules.kernels import GATED
+from qmoe_rules.statistics import PROJECTIONS
 
 __all__ = [
     "DOMAIN",
@@ -25,8 +26,10 @@ __all__ = [
     "label",
     "nodes",
     "producer",
+    "projections",
     "refuse_shapes",
     "refuse_unknown",
+    "routes_by_softmax",
     "slot",
     "slots",
     "static_shape",
@@ -167,6 +170,23 @@ def inputs(node: ir.Node) -> dict[str, ir.Value | None]:
     return dict(zip(names, given + [None] * (len(names) - len(given)), strict=False))
 
 
+def projections(given: Mapping[str, ir.Value | None]) -> tuple[str, ...]:
+    """Returns the projections of a node: fc1, fc2 and, where anything of it is there, fc3.
+
+    Args:
+        given: The node's inputs, from `inputs`.
+    """
+    fc3 = any(value is not None for name, value in given.items() if name.startswith("fc3_"))
+    return (*PROJECTIONS, "fc3") if fc3 else PROJECTIONS
+
+
+def routes_by_softmax(node: ir.Node) -> bool:
+    """Returns whether `router_probs` comes from a Softmax; the operator applies softmax again."""
+    router = inputs(node)["router_probs"]
+    softmax = router.producer() if router is not None else None
+    return softmax is not None and (softmax.domain, softmax.op_type) == ("", "Softmax")
+
+
 def slot(projection: str, part: str) -> str:
     """Returns the QMoE input that holds a part of a projection (see `formats.Spec.parts`)."""
     return f"{projection}_experts_weights" if part == "weights" else f"{projection}_{part}"
@@ -197,7 +217,7 @@ def refuse_unknown(node: ir.Node) -> str | None:
     """Returns what a MoE or QMoE node has that the schemas do not know, or None."""
     for name in node.attributes:
         if name not in _ATTRIBUTES[node.op_type]:
-            return f"QMoE has no attribute {name!r}"
+            return f"{node.op_type} has no attribute {name!r}"
     known = len(_INPUTS[node.op_type])
     if any(value is not None and value.name != "" for value in node.inputs[known:]):
         return f"it has more inputs than the {known} that are known"

@@ -7,6 +7,7 @@ the whole name.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from qmoe_rules.errors import ConfigError
 
-__all__ = ["OVERRIDABLE", "AnyOverride", "Override", "check_pattern", "matches"]
+__all__ = ["OVERRIDABLE", "AnyOverride", "Override", "check_pattern", "exactly", "matches"]
 
 OVERRIDABLE = ("format", "bits", "fc2_bits", "block_size", "symmetric", "method")
 """The fields of a recipe that an override may set."""
@@ -82,6 +83,12 @@ def check_pattern(pattern: str) -> None:
             re.compile(pattern[3:])
         except re.error as error:
             raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def exactly(name: str) -> str:
+    """Returns a pattern that matches this name and no other."""
+    plain = glob.escape(name) == name and not name.startswith("re:")
+    return name if plain else f"re:{re.escape(name)}"
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -37,6 +37,8 @@ def plan(
 ) -> Report:
     """Says what `quantize` would do, node by node and byte by byte, without computing anything.
 
+    Only a budget asks for some experts of every node to be quantized.
+
     Args:
         source: An .onnx file, or a folder that holds one.
         recipe: What to do; the default recipe where it is left out.

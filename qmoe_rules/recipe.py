@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,20 +15,20 @@ from typing import Any, cast
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Format, Spec
+from qmoe_rules.kernels import Facts, Specs
 from qmoe_rules.layouts import LAYOUTS, Layout
 from qmoe_rules.overrides import OVERRIDABLE, AnyOverride, Override, check_pattern, matches
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.sizes import parse_bytes
-from qmoe_rules.statistics import Calibration, ProjectionStatistics
-from qmoe_rules.targets import Facts, Specs, Target
+from qmoe_rules.statistics import PROJECTIONS, Calibration, ProjectionStatistics
+from qmoe_rules.targets import Target
 
-__all__ = ["FORMAT_CHOICES", "PROJECTIONS", "WIDTHS", "Override", "Recipe"]
+__all__ = ["BLOCK_SIZES", "FORMAT_CHOICES", "MOST_BITS", "WIDTHS", "Override", "Recipe"]
 
 _FLOATS: dict[str, Format] = {
     name: format for name, format in FORMATS.items() if format.element is not None
 }
-_BLOCKS = {name: format.block_size or 128 for name, format in _FLOATS.items()}
 
 FORMAT_CHOICES = ("int", *_FLOATS)
 """The values of `format`."""
@@ -34,9 +36,14 @@ FORMAT_CHOICES = ("int", *_FLOATS)
 WIDTHS = tuple(format.bits for format in FORMATS.values() if format.element is None)
 """The values of `bits` and `fc2_bits` for integers."""
 
-PROJECTIONS = ("fc1", "fc2")
-"""The projections of a QMoE node that every provider takes."""
+BLOCK_SIZES = (32, 64, 128, 16, 256, 0)
+"""The values of `block_size` that kernels of integers take, the more usual ones first."""
 
+MOST_BITS = 32
+"""The greatest `budget` that means bits per weight; a greater one means bytes."""
+
+# The block size of formats with square blocks, where the recipe does not say.
+_SQUARE = 128
 _WITH_HESSIANS = frozenset({"gptq"})
 _WITHOUT_STATISTICS = frozenset({"rtn"})
 # What a format decides where the recipe does not.
@@ -47,15 +54,16 @@ _OF_FORMAT = ("bits", "fc2_bits", "block_size", "layout")
 class Recipe:
     """What to do with every MoE node. Every field is also an option of the `qmoe` command.
 
-    Where a field is None the format decides; `specs` and `storage` say what it decided.
+    Where a field is None the format and the target decide; `specs` and `storage` say what.
 
     Attributes:
         format: What the codes are: `"int"`, `"mxfp4"`, `"nvfp4"` or `"fp8"`.
         bits: Width of an integer code, 2, 3, 4 or 8; 4 where it is left out.
         fc2_bits: Width of fc2's codes, where it is not that of fc1's.
         block_size: Columns that share a scale: a power of two from 16, or 0 for the whole row.
-            Left out, it is 0 for integers, 32 for mxfp4, 16 for nvfp4, and 128 for fp8, whose
-            blocks are square, and where 0 means one scale per expert.
+            Left out, it is 0 for integers where every provider of the target takes that, and else
+            the first of 32, 64, 128, 16 and 256 that they take; 32 for mxfp4, 16 for nvfp4, and
+            128 for fp8, whose blocks are square, and where 0 means one scale per expert.
         symmetric: Whether integer codes are centred on zero. Otherwise zero points are stored.
         method: How codes are chosen: `"rtn"`, round to nearest.
         calibration: What the experts have seen, for methods that ask for it: a `Calibration`, or
@@ -69,8 +77,9 @@ class Recipe:
         overrides: Other settings for some nodes (see `Override`); the first match wins.
         budget: How large all experts together may become: bits per weight up to 32, scales and
             zero points included, or bytes, as a number or like `"12GB"`. Widths and block sizes
-            are then chosen node by node, for the least error. For `plan`, `quantize` and
-            `QuantizeMoEPass`, which see the whole model.
+            are then chosen node by node, for the least error; nodes that stay in float, or that an
+            override names, do not count. For `plan`, `quantize` and `QuantizeMoEPass`, which see
+            the whole model, and quantize some experts of every node to measure the error.
 
     Raises:
         ConfigError: A field is unknown or wrong, or the target takes no node with this recipe.
@@ -162,9 +171,7 @@ class Recipe:
     @property
     def specs(self) -> Specs:
         """How the projections are stored, by name."""
-        bits = 4 if self.bits is None else self.bits
-        fc2_bits = bits if self.fc2_bits is None else self.fc2_bits
-        return {"fc1": self._spec(bits), "fc2": self._spec(fc2_bits)}
+        return self._specs_on(self.target)
 
     def statistics(self, node: str, projection: str) -> ProjectionStatistics | None:
         """Returns what is known of a projection's inputs, where the method asks for it."""
@@ -179,10 +186,8 @@ class Recipe:
         """The order of the stored bytes."""
         if self.layout is not None:
             return LAYOUTS[self.layout]
-        format, target = self.specs["fc1"].format, self.provider_target
-        own = [layout for layout in LAYOUTS.values() if not layout.refuse_format(format)]
-        read = (layout for layout in own if not target.refuse_storage(self.specs, layout.name))
-        return next(read, own[0])
+        read = self.provider_target.layouts(self.specs)
+        return next(layout for name, layout in LAYOUTS.items() if name in read)
 
     def describe(self) -> str:
         """Returns how weights are stored, in words."""
@@ -225,7 +230,7 @@ class Recipe:
         """Yields the recipes for the same target that differ in few fields, the nearest first."""
         if self.format != "int":
             return
-        sizes = dict.fromkeys((self.block_size, 32, 64, 128, 16, 256, 0))
+        sizes = dict.fromkeys((self.block_size, *BLOCK_SIZES))
         candidates: list[dict[str, Any]] = [
             {"block_size": size, "symmetric": symmetric, "fc2_bits": width}
             for width, symmetric, size in itertools.product(
@@ -247,10 +252,11 @@ class Recipe:
         """The overrides, parsed."""
         return cast(tuple[Override, ...], self.overrides)
 
-    def _spec(self, bits: int) -> Spec:
-        format = _FLOATS.get(self.format) or FORMATS[f"int{bits}"]
-        size = _BLOCKS.get(self.format, 0) if self.block_size is None else self.block_size
-        return Spec(format, size, self.symmetric, self.provider_target.signed(format.name))
+    def _specs_on(self, target: str) -> Specs:
+        """Returns how the projections are stored for a target."""
+        return _specs(
+            target, self.format, self.bits, self.fc2_bits, self.block_size, self.symmetric
+        )
 
     def _check_bits(self, field: str) -> None:
         given = getattr(self, field)
@@ -270,9 +276,14 @@ class Recipe:
         if given is None:
             return None
         if isinstance(given, str):
-            number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", given.strip())
-            given = float(given) if number else parse_bytes(given)
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+            size: float = parse_bytes(given) or 0
+            if re.fullmatch(r"[0-9]+(\.[0-9]+)?", given.strip()):
+                size = float(given)
+            elif size <= MOST_BITS:  # or it would be taken for bits
+                size = 0
+            given = size
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not is_number or not 0 < given < math.inf:
             raise ConfigError(
                 f"budget={self.budget!r}; it may be bits per weight, such as 3.5, or a size, such "
                 "as '12GB'"
@@ -296,17 +307,48 @@ class Recipe:
         format = self.specs["fc1"].format
         if self.layout == "cutlass_sm90":  # refused everywhere: say why, and not by whom
             raise ConfigError(str(self.storage.refuse_shape(0, 0, format.bits)))
-        if reason := self.storage.refuse_format(format):
+        if self.layout is not None and (reason := self.storage.refuse_format(format)):
             raise ConfigError(reason)
-        reason = self.provider_target.refuse_storage(self.specs, self.storage.name)
-        if reason:
-            takers = [
-                name
-                for name, target in TARGETS.items()
-                if not target.refuse_storage(self.specs, self.storage.name)
-            ]
-            hint = f"; target={takers[0]!r} takes this recipe" if takers else ""
+        reasons = {
+            name: target.refuse_storage(self._specs_on(name), self.layout)
+            for name, target in TARGETS.items()
+        }
+        if reason := reasons[self.target]:
+            taker = next((name for name in TARGETS if reasons[name] is None), None)
+            hint = f"; target={taker!r} takes this recipe" if taker else ""
             raise ConfigError(f"target {self.target!r}: {reason}{hint}")
+
+
+@functools.cache
+def _specs(
+    target: str,
+    format: str,
+    bits: int | None,
+    fc2_bits: int | None,
+    block_size: int | None,
+    symmetric: bool,
+) -> Specs:
+    """Returns how the fields of a recipe store the projections, with what they leave open decided.
+
+    An open block size is the first that the providers have least against, which is nothing where
+    any other one would do.
+    """
+    tables = TARGETS[target]
+    fc1 = _FLOATS.get(format) or FORMATS[f"int{bits or 4}"]
+    fc2 = _FLOATS.get(format) or FORMATS[f"int{fc2_bits or bits or 4}"]
+    sizes: tuple[int, ...] = (0, *BLOCK_SIZES)
+    if block_size is not None:
+        sizes = (block_size,)
+    elif format in _FLOATS:
+        sizes = (fc1.block_size or _SQUARE,)
+    ways = [
+        {
+            name: Spec(each, size, symmetric, tables.signed(each.name))
+            for name, each in zip(PROJECTIONS, (fc1, fc2), strict=True)
+        }
+        for size in sizes
+    ]
+    return min(ways, key=tables.objections)
 
 
 def _one_of(field: str, value: object, allowed: Iterable[object]) -> None:

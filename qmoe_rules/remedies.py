@@ -9,10 +9,10 @@ from typing import Any
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Spec
-from qmoe_rules.kernels import Facts, Fault, Stored
+from qmoe_rules.kernels import GATED, INTERLEAVED, Facts, Fault, Stored
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
-from qmoe_rules.recipe import Recipe
+from qmoe_rules.recipe import BLOCK_SIZES, Recipe
 
 __all__ = ["remedy"]
 
@@ -35,7 +35,6 @@ _BY_HAND = {
     "unknown_router_weights": _AS_LOGITS,
 }
 _OF_THE_GATE = frozenset({"activation", "fc3", "fc3_biases", "fused_fc3"})
-_UNFUSED = {"geglu": "geglu", "gelu": "geglu", "silu": "swiglu", "swiglu": "swiglu"}
 
 
 def remedy(facts: Facts, stored: Stored | None, fault: Fault, target: str) -> str:
@@ -75,8 +74,10 @@ def _interleaved_is_right(facts: Facts, target: str) -> bool:
 
 def _interleaved(facts: Facts) -> Facts:
     """Returns the facts of a node as `normalize_moe_rules` leaves it."""
-    activation = _UNFUSED.get(facts.activation, facts.activation) if facts.fc3 else facts.activation
-    fusion = int(activation in _UNFUSED.values())
+    activation = facts.activation
+    if facts.fc3:
+        activation = INTERLEAVED.get(activation, activation)
+    fusion = int(activation in GATED)
     others = facts.others - {"fc3_biases"}
     return dataclasses.replace(
         facts, activation=activation, fusion=fusion, fc3=False, others=others
@@ -144,7 +145,7 @@ def _choices(stored: Stored | None) -> Iterator[dict[str, Any]]:
         return
     widths = dict.fromkeys((fc2.format.bits, fc1.format.bits))
     signs = dict.fromkeys((fc1.symmetric, True))
-    sizes = dict.fromkeys((fc1.block_size, 32, 64, 128, 16, 256, 0))
+    sizes = dict.fromkeys((fc1.block_size, *BLOCK_SIZES))
     for width, symmetric, size in itertools.product(widths, signs, sizes):
         yield {
             "bits": fc1.format.bits,

@@ -28,10 +28,12 @@ import numpy.typing as npt
 
 from qmoe_rules.errors import ConfigError, SourceError
 
-__all__ = ["Calibration", "ProjectionStatistics", "Statistics"]
+__all__ = ["PROJECTIONS", "Calibration", "ProjectionStatistics", "Statistics"]
 
 _FORMAT, _VERSION = "qmoe_rules.calibration", "1"
-_PROJECTIONS = ("fc1", "fc2")
+
+PROJECTIONS = ("fc1", "fc2")
+"""The projections of a node whose gate and linear rows are in fc1, as every provider takes them."""
 
 # The mean of the squares of n normal numbers is off by sqrt(2/n), which is 18 % here.
 _TOKENS_FOR_MEAN = 64
@@ -101,7 +103,7 @@ class Calibration:
         except (KeyError, ValueError) as error:
             raise SourceError(f"{path} is broken: its metadata: {error}") from error
         for node in calibration.fingerprints:
-            for projection in _PROJECTIONS:
+            for projection in PROJECTIONS:
                 calibration._check(node, projection)
         return calibration
 

@@ -150,11 +150,8 @@ def stored_projections(
         source_layout: As in `StoredProjection.of`.
     """
     given, values = ops.inputs(node), ops.attributes(node)
-    names = ["fc1", "fc2"]
-    if any(value is not None for slot, value in given.items() if slot.startswith("fc3_")):
-        names.append("fc3")
     found = {}
-    for name in names:
+    for name in ops.projections(given):
         projection = StoredProjection.of(node, name, source_layout)
         if isinstance(projection, str):
             return projection

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from qmoe_rules.formats import Spec
 from qmoe_rules.kernels import (
     GARBAGE,
-    GATED,
     REFUSED,
     RIGHT,
     TRAPS,
@@ -28,7 +27,7 @@ from qmoe_rules.kernels import (
     worst,
 )
 
-__all__ = ["GATED", "Facts", "Kernel", "Provider", "Specs", "Target"]
+__all__ = ["Provider", "Target"]
 
 # A node that is refused computes nothing; of several providers, one that computes garbage is worse.
 _IN_ONE = (REFUSED, GARBAGE, UNKNOWN)
@@ -76,15 +75,37 @@ class Provider:
 
     def refuse_specs(self, specs: Specs) -> str | None:
         """Returns why no node could be stored so, or None."""
-        return _reason(self._spec_faults(specs))
+        return _reason(self.spec_faults(specs))
+
+    def spec_faults(self, specs: Specs, packed: bool = False) -> Iterator[Fault]:
+        """Yields what is wrong with every node stored so; the arguments are those of `kernel`."""
+        kernel = self.kernel(specs, packed)
+        if kernel is not None:
+            for spec in specs.values():
+                yield from self._named(kernel.spec_faults(spec, _called(specs)))
+            return
+        unknown = [
+            spec.format.name for spec in specs.values() if spec.format.name not in self.kernels
+        ]
+        fc1, fc2 = specs["fc1"].format.name, specs["fc2"].format.name
+        lacking = (
+            f"has no kernel for {unknown[0]}"
+            if unknown
+            else (f"does not take {fc1} in fc1 and {fc2} in fc2")
+        )
+        yield Fault(REFUSED, f"{self.name} {lacking}", "storage")
+
+    def layouts(self, specs: Specs) -> frozenset[str]:
+        """Returns the layouts that the kernel of a storage reads."""
+        kernel = self.kernel(specs)
+        return kernel.layouts if kernel else frozenset()
 
     def refuse_layout(self, layout: str, specs: Specs) -> str | None:
         """Returns why the kernel would misread `layout`, or None."""
-        kernel = self.kernel(specs)
-        read = kernel.layouts if kernel else frozenset()
-        if layout not in read:
-            return f"{self.name} misreads layout {layout!r} (it reads {listed(read)})"
-        return None
+        read = self.layouts(specs)
+        if layout in read:
+            return None
+        return f"{self.name} misreads layout {layout!r} (it reads {listed(read)})"
 
     def refuse(self, facts: Facts, specs: Specs) -> str | None:
         """Returns why a node with these facts, stored so, would not run right, or None."""
@@ -124,7 +145,7 @@ class Provider:
         return worst(map(_doubted, faults) if self.is_closed else faults, _IN_ONE)
 
     def _faults(self, facts: Facts, stored: Stored, packed: bool = False) -> Iterator[Fault]:
-        yield from self._spec_faults(stored.specs, packed)
+        yield from self.spec_faults(stored.specs, packed)
         yield from self._node_faults(facts, stored.specs, packed)
         kernel = self.kernel(stored.specs, packed)
         if kernel is None:
@@ -136,23 +157,6 @@ class Provider:
             yield from self._named(kernel.trap_faults(["scale_type"]))
         if self.wants_limit and not facts.limited:
             yield Fault(REFUSED, f"{self.name} wants swiglu_limit to be present", "swiglu_limit")
-
-    def _spec_faults(self, specs: Specs, packed: bool = False) -> Iterator[Fault]:
-        kernel = self.kernel(specs, packed)
-        if kernel is not None:
-            for spec in specs.values():
-                yield from self._named(kernel.spec_faults(spec, _called(specs)))
-            return
-        unknown = [
-            spec.format.name for spec in specs.values() if spec.format.name not in self.kernels
-        ]
-        fc1, fc2 = specs["fc1"].format.name, specs["fc2"].format.name
-        lacking = (
-            f"has no kernel for {unknown[0]}"
-            if unknown
-            else (f"does not take {fc1} in fc1 and {fc2} in fc2")
-        )
-        yield Fault(REFUSED, f"{self.name} {lacking}", "storage")
 
     def _node_faults(self, facts: Facts, specs: Specs, packed: bool = False) -> Iterator[Fault]:
         kernel = self.kernel(specs, packed)
@@ -207,11 +211,29 @@ class Target:
         kernels = (provider.kernels.get(format) for provider in self.providers)
         return all(kernel is None or kernel.signed for kernel in kernels)
 
-    def refuse_storage(self, specs: Specs, layout: str) -> str | None:
-        """Returns the first provider's reason against every node stored so, or None."""
-        return _first(provider.refuse_specs(specs) for provider in self.providers) or _first(
-            provider.refuse_layout(layout, specs) for provider in self.providers
-        )
+    def layouts(self, specs: Specs) -> frozenset[str]:
+        """Returns the layouts that every provider reads, stored so."""
+        return frozenset.intersection(*(provider.layouts(specs) for provider in self.providers))
+
+    def objections(self, specs: Specs) -> int:
+        """Returns how many reasons the providers have against every node stored so."""
+        return sum(len(list(provider.spec_faults(specs))) for provider in self.providers)
+
+    def refuse_storage(self, specs: Specs, layout: str | None) -> str | None:
+        """Returns the first provider's reason against every node stored so, or None.
+
+        Args:
+            specs: How the projections are stored.
+            layout: The order of the bytes; None where it may be any.
+        """
+        if reason := _first(provider.refuse_specs(specs) for provider in self.providers):
+            return reason
+        if layout is not None:
+            return _first(provider.refuse_layout(layout, specs) for provider in self.providers)
+        if self.layouts(specs):
+            return None
+        reads = (f"{each.name} ({listed(each.layouts(specs))})" for each in self.providers)
+        return f"no layout of {_called(specs)} is read by both {' and '.join(reads)}"
 
     def refuse(self, facts: Facts, specs: Specs) -> str | None:
         """Returns the first provider's reason against a node stored so, or None.

@@ -22,13 +22,13 @@ import onnx_ir as ir
 from qmoe_rules import reference
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
+from qmoe_rules.kernels import GATED
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers.rtn import rtn
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, Report
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
-from qmoe_rules.targets import GATED
 from tests.moe_models import Array, Arrays, Experts, Graph
 from tests.qmoe_models import append
 

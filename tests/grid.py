@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qmoe_rules.targets import GATED
+from qmoe_rules.kernels import GATED
 from tests.contract import Cell, serialized
 from tests.moe_models import Array, relative_error
 

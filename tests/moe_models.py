@@ -18,9 +18,9 @@ import onnxruntime as ort
 
 from qmoe_rules import ops, reference
 from qmoe_rules.formats import Spec
+from qmoe_rules.kernels import Specs
 from qmoe_rules.quantizers.floats import float_rtn
 from qmoe_rules.quantizers.rtn import rtn_numpy
-from qmoe_rules.targets import Specs
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]

@@ -571,9 +571,9 @@ REFUSALS = {
         experts=Experts(inter=33),
         recipe={"target": "cpu"},
     ),
-    "unknown attribute": Refusal("QMoE has no attribute 'made_up'", attributes={"made_up": 1}),
+    "unknown attribute": Refusal("MoE has no attribute 'made_up'", attributes={"made_up": 1}),
     "an attribute of QMoE": Refusal(
-        "QMoE has no attribute 'expert_weight_bits'", attributes={"expert_weight_bits": 4}
+        "MoE has no attribute 'expert_weight_bits'", attributes={"expert_weight_bits": 4}
     ),
     "negative limit": Refusal(
         "swiglu_limit=-1 is negative, which ends the whole process",

@@ -768,7 +768,7 @@ REASONS: dict[str, tuple[ir.Model, Callable[[ir.Model], None] | None, str]] = {
     "unknown attribute": (
         apart(),
         with_attribute("fancy", 1),
-        "QMoE has no attribute 'fancy'",
+        "MoE has no attribute 'fancy'",
     ),
     "unknown input": (
         apart(),

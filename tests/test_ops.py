@@ -77,7 +77,7 @@ def test_given_attributes_replace_defaults() -> None:
 
 def test_unknown_attributes_are_named() -> None:
     node = the_node(single(made_up=3, block_size=32), "MoE")
-    assert ops.refuse_unknown(node) == "QMoE has no attribute 'made_up'"
+    assert ops.refuse_unknown(node) == "MoE has no attribute 'made_up'"
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.kernels import Facts
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import Override, Recipe
-from qmoe_rules.targets import Facts
 
 NODE = "/model/layers.0/moe/MoE"
 
@@ -96,6 +96,37 @@ def test_the_default_is_portable_int4_with_a_scale_per_row() -> None:
             "raw",
             "int4 block 128, raw",
         ),
+        # Not every kernel takes one scale per row.
+        (
+            {"target": "trt-rtx"},
+            Spec(FORMATS["int4"], 128, signed=False),
+            None,
+            "raw",
+            "int4 block 128, raw",
+        ),
+        (
+            {"bits": 3, "target": "cpu"},
+            Spec(FORMATS["int3"], 32, signed=False),
+            None,
+            "raw",
+            "int3 block 32, raw",
+        ),
+        ({"bits": 2}, Spec(FORMATS["int2"], 32), None, "raw", "int2 block 32, raw"),
+        ({"bits": 2, "target": "cpu"}, Spec(FORMATS["int2"]), None, "raw", "int2 row, raw"),
+        (
+            {"symmetric": False},
+            Spec(FORMATS["int4"], 32, symmetric=False),
+            None,
+            "raw",
+            "int4 asymmetric block 32, raw",
+        ),
+        (
+            {"fc2_bits": 8, "target": "cuda"},
+            Spec(FORMATS["int4"], 32),
+            Spec(FORMATS["int8"], 32),
+            "raw",
+            "int4 block 32 and int8 block 32, raw",
+        ),
         (
             {"format": "mxfp4", "target": "cpu"},
             Spec(FORMATS["mxfp4"], 32),
@@ -119,7 +150,7 @@ def test_the_default_is_portable_int4_with_a_scale_per_row() -> None:
         ),
     ],
 )
-def test_what_a_recipe_leaves_open_the_format_decides(
+def test_what_a_recipe_leaves_open_the_format_and_the_target_decide(
     fields: dict[str, Any], fc1: Spec, fc2: Spec | None, layout: str, words: str
 ) -> None:
     recipe = Recipe(**fields)
@@ -257,7 +288,7 @@ def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
         ("a:bits=four", "bits='four'; it may be 2, 3, 4, 8"),
         ("a:symmetric=maybe", "symmetric='maybe'; it may be True, False"),
         ("a:fc2_bits=8", "the CPU provider does not take int4 in fc1 and int8 in fc2"),
-        ("a:format=mxfp4", "the CPU provider misreads layout 'n_packed' (it reads k_packed)"),
+        ("a:format=mxfp4", "target 'portable': no layout of mxfp4 is read by both"),
         ("a:format=fp4", "format='fp4'; it may be 'int', 'mxfp4', 'nvfp4', 'fp8'"),
         ("a:block_size=48", f"block_size=48; {BLOCKS}"),
         ("a:method=best", f"method='best'; it may be {METHOD_CHOICES}"),
@@ -500,12 +531,17 @@ def test_the_truth_in_an_overrides_text(text: str, value: bool) -> None:
 
 # Every combination of fields.
 
+SIZES = [0, 32, 64, 128, 16, 256]
 FORMAT_BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8}
-FORMAT_BLOCKS = {"int": 0, "mxfp4": 32, "nvfp4": 16, "fp8": 128}
+FORMAT_BLOCKS = {"mxfp4": 32, "nvfp4": 16, "fp8": 128}
 COMBINATIONS: list[dict[str, Any]] = [
     dict(zip(("format", "bits", "fc2_bits", "block_size", "symmetric"), values, strict=True))
     for values in itertools.product(
-        FORMAT_BLOCKS, (None, 2, 3, 4, 8), (None, 2, 3, 4, 8), (None, 16, 32, 128), (True, False)
+        ("int", *FORMAT_BLOCKS),
+        (None, 2, 3, 4, 8),
+        (None, 2, 3, 4, 8),
+        (None, 16, 32, 128),
+        (True, False),
     )
 ]
 
@@ -527,13 +563,24 @@ def contradiction(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def wanted_specs(fields: dict[str, Any], target: str) -> dict[str, Spec]:
+def wanted_specs(fields: dict[str, Any], target: str) -> list[dict[str, Spec]]:
+    """The ways to store that the fields leave open, the one that is meant first."""
+    sizes = [fields["block_size"]]
+    if sizes == [None]:
+        sizes = [FORMAT_BLOCKS[fields["format"]]] if fields["format"] in FORMAT_BLOCKS else SIZES
+    ways = [specs_with(fields, target, size) for size in sizes]
+    return sorted(ways, key=lambda specs: objects(target, specs))
+
+
+def objects(target: str, specs: dict[str, Spec]) -> bool:
+    return any(provider.refuse_specs(specs) for provider in TARGETS[target].providers)
+
+
+def specs_with(fields: dict[str, Any], target: str, size: int) -> dict[str, Spec]:
     specs = {}
     bits = fields["bits"] or 4
     for name, width in (("fc1", bits), ("fc2", fields["fc2_bits"] or bits)):
         format = fields["format"] if fields["format"] in FORMAT_BITS else f"int{width}"
-        size = fields["block_size"]
-        size = FORMAT_BLOCKS[fields["format"]] if size is None else size
         positive = (format, target) in (("int3", "portable"), ("int3", "cpu"), ("int4", "trt-rtx"))
         specs[name] = Spec(FORMATS[format], size, fields["symmetric"], signed=not positive)
     return specs
@@ -544,24 +591,23 @@ def test_every_combination_is_specs_or_an_error_that_says_why(target: str) -> No
     taken = 0
     for fields in COMBINATIONS:
         wanted = contradiction(fields)
-        specs = {} if wanted else wanted_specs(fields, target)
-        layouts = [name for name in LAYOUTS if specs and not misfit(name, specs)]
-        refusals = [TARGETS[target].refuse_storage(specs, name) for name in layouts]
-        if specs and all(refusals):
-            wanted = f"target {target!r}: {refusals[0]}"
+        ways = [] if wanted else wanted_specs(fields, target)
+        refusals = [TARGETS[target].refuse_storage(specs, None) for specs in ways]
+        wanted_ones = {wanted, *(f"target {target!r}: {reason}" for reason in refusals if reason)}
         try:
             recipe = Recipe(**fields, target=target)
         except ConfigError as error:
             message, _, hint = str(error).partition("; target=")
-            assert message == wanted, fields
-            takers = [name for name in TARGETS if specs and is_recipe(**fields, target=name)]
+            assert message in wanted_ones, fields
+            assert all(refusals), fields
+            takers = [name for name in TARGETS if ways and is_recipe(**fields, target=name)]
             assert not hint or hint.split("'")[1] in takers, fields
             assert hint or not takers, fields
         else:
             assert wanted is None, fields
-            assert recipe.specs == specs, fields
-            assert recipe.storage.name in layouts, fields
-            assert not TARGETS[target].refuse_storage(specs, recipe.storage.name), fields
+            assert recipe.specs == ways[0], fields
+            assert not misfit(recipe.storage.name, ways[0]), fields
+            assert not TARGETS[target].refuse_storage(ways[0], recipe.storage.name), fields
             taken += 1
     assert taken >= 4
 
@@ -599,8 +645,8 @@ def is_recipe(**fields: Any) -> bool:
         ),
         (
             {"format": "mxfp4"},
-            "target 'portable': the CPU provider misreads layout 'n_packed' (it reads k_packed); "
-            "target='cuda' takes this recipe",
+            "target 'portable': no layout of mxfp4 is read by both the CPU provider (k_packed) and "
+            "the CUDA provider (n_packed); target='cpu' takes this recipe",
         ),
         (
             {"format": "mxfp4", "layout": "raw"},
@@ -626,14 +672,19 @@ def is_recipe(**fields: Any) -> bool:
             "(it takes 128)",
         ),
         (
-            {"symmetric": False},
+            {"symmetric": False, "block_size": 0},
             "target 'portable': the CUDA provider takes no zero points with int4 and block_size=0 "
             "(it does with 32, 64, 128, 256); target='cpu' takes this recipe",
         ),
         (
-            {"bits": 3},
+            {"bits": 3, "block_size": 0},
             "target 'portable': the CPU provider does not take block_size=0 with int3 "
             "(it takes 32, 64, 128)",
+        ),
+        (
+            {"bits": 3},
+            "target 'portable': the CUDA provider has no kernel for int3; "
+            "target='cpu' takes this recipe",
         ),
         (
             {"bits": 3, "block_size": 32},
@@ -645,7 +696,7 @@ def is_recipe(**fields: Any) -> bool:
             "target 'cpu': the CPU provider takes no zero points with int3",
         ),
         (
-            {"bits": 2},
+            {"bits": 2, "block_size": 0},
             "target 'portable': the CUDA provider does not take block_size=0 with int2 "
             "(it takes 16, 32, 64, 128, 256); target='cpu' takes this recipe",
         ),
@@ -673,12 +724,12 @@ def is_recipe(**fields: Any) -> bool:
             "target='portable' takes this recipe",
         ),
         (
-            {"target": "trt-rtx"},
+            {"target": "trt-rtx", "block_size": 0},
             "target 'trt-rtx': the TensorRT-RTX provider does not take block_size=0 with int4 "
             "(it takes 128); target='portable' takes this recipe",
         ),
         (
-            {"block_size": 128, "symmetric": False, "target": "trt-rtx"},
+            {"symmetric": False, "target": "trt-rtx"},
             "target 'trt-rtx': the TensorRT-RTX provider takes no zero points with int4; "
             "target='portable' takes this recipe",
         ),

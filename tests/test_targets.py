@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.kernels import Facts, Specs
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import CPU, CUDA, TARGETS, TRT_RTX, WEBGPU
-from qmoe_rules.targets import Facts, Specs, Target
+from qmoe_rules.targets import Target
 
 # A node that every target takes; the tables below say what they change of it.
 PLAIN = Facts(dtype="float16", activation="swiglu", fusion=1, hidden=128, inter=192)

@@ -56,7 +56,7 @@ def calibrate(
             Masks, positions and empty caches may be left out.
         destination: The file to write; a temporary one, which goes with the result, where it is
             left out.
-        hessian: Whether to collect Hessians, which `method="gptq"` needs: 4 * K * K bytes for
+        hessian: Whether to collect Hessians, which error feedback needs: 4 * K * K bytes for
             every projection of every expert.
         progress: Called with (steps done, steps in all).
         resume: Whether to go on from where the same calibration was interrupted. What is there
@@ -73,7 +73,7 @@ def calibrate(
 
     Example:
         >>> # calibration = calibrate("model.onnx", [{"input_ids": tokens}], "calibration.st")
-        >>> # quantize("model.onnx", "model-int4", method="gptq", calibration=calibration)
+        >>> # quantize("model.onnx", "model-int4", method="search", calibration=calibration)
     """
     whole = _prepared(model)
     feeds = iter(feeds)

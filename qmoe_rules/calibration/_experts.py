@@ -18,9 +18,10 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.calibration._tapes import Tape
 from qmoe_rules.errors import SourceError
-from qmoe_rules.facts import constant_weights
+from qmoe_rules.facts import FloatMoE
 from qmoe_rules.reference import activate, route
 from qmoe_rules.slices import Slices
+from qmoe_rules.statistics import PROJECTIONS
 from qmoe_rules.weights import ExpertWeights, resolve
 
 __all__ = ["Layer", "Sink", "observe"]
@@ -31,7 +32,6 @@ Float32Array = npt.NDArray[np.float32]
 Sink = Callable[[str, Any], None]
 """Takes a tensor of the statistics: its name behind the node's, and the array."""
 
-_PROJECTIONS = ("fc1", "fc2")
 _ACTIVATIONS = ("relu", "silu", "identity", "gelu", "swiglu", "geglu")
 _ROWS = 1024  # at a time; so many are summed up in float32, and their sums in float64
 
@@ -55,30 +55,23 @@ class Layer:
     @classmethod
     def of(cls, node: ir.Node) -> Layer | str:
         """Returns the layer of a MoE node, or the reason why it is not computed here."""
-        if unknown := ops.refuse_unknown(node):
-            return unknown
-        given, values = ops.inputs(node), ops.attributes(node)
-        if given["fc3_experts_weights"] or given["fc3_experts_bias"]:
-            return "its gate and up weights are apart and could not be interleaved"
-        for name in ("input", "router_probs"):
-            if given[name] is None:
-                return f"{name}: it is missing"
+        moe = FloatMoE.of(node)
+        if isinstance(moe, str):
+            return moe
+        given, values = ops.inputs(node), moe.attributes
         for name in ("use_sparse_mixer", "swiglu_limit_after_activation"):
             if values[name]:
                 return f"{name}={values[name]} is not computed here"
         if values["activation_type"] not in _ACTIVATIONS:
             return f"activation {values['activation_type']!r} is not computed here"
-        weights, biases = constant_weights(given), {}
-        if isinstance(weights, str):
-            return weights
-        for name in _PROJECTIONS:
+        biases = {}
+        for name in PROJECTIONS:
             if (bias := given[f"{name}_experts_bias"]) is not None:
                 slices = resolve(bias)
                 if isinstance(slices, str):
                     return f"{name}_experts_bias: {slices}"
                 biases[name] = slices
-        shapes = weights["fc1"].shape, weights["fc2"].shape
-        return ops.refuse_shapes(*shapes, given, values) or cls(node, values, weights, biases)
+        return cls(node, values, moe.weights, biases)
 
     @property
     def name(self) -> str:
@@ -172,10 +165,10 @@ def observe(
     routed = _Routed(layer, x, router)
     counts = np.zeros(layer.experts, np.int64)
     squares = {
-        name: np.zeros((layer.experts, layer.columns(name)), np.float32) for name in _PROJECTIONS
+        name: np.zeros((layer.experts, layer.columns(name)), np.float32) for name in PROJECTIONS
     }
     for expert in range(layer.experts):
-        moments = {name: _Moments(layer.columns(name), hessian) for name in _PROJECTIONS}
+        moments = {name: _Moments(layer.columns(name), hessian) for name in PROJECTIONS}
         run = _Expert(layer, expert)
         for rows, weights in routed.blocks(expert):
             taken = x.rows()[rows].astype(np.float32)
@@ -194,7 +187,7 @@ def observe(
             if second is not None:
                 sink(f"{name}/hessian/{expert}", second)
         yield
-    for name in _PROJECTIONS:
+    for name in PROJECTIONS:
         sink(f"{name}/tokens", counts)
         sink(f"{name}/mean_square", squares[name])
 

@@ -16,11 +16,11 @@ from qmoe_rules.calibration import calibrate
 from qmoe_rules.cli._printing import print_json, show
 from qmoe_rules.feeds import TOKEN_DTYPES, inputs_of, read_feeds
 from qmoe_rules.loading import load, locate
-from qmoe_rules.statistics import Calibration
+from qmoe_rules.statistics import PROJECTIONS, Calibration
 
 __all__ = ["add"]
 
-_TEXT = "run a float model on data and keep what its experts see, for --method search and gptq"
+_TEXT = "run a float model on data and keep what its experts see, for --method search"
 _DATA = (
     "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
     ".safetensors by input name"
@@ -37,9 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument("data", metavar="DATA", help=_DATA)
     command.add_argument("destination", metavar="OUT", help="the file to write")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
-    command.add_argument(
-        "--hessian", action="store_true", help="collect Hessians too, which --method gptq needs"
-    )
+    command.add_argument("--hessian", action="store_true", help="collect Hessians too")
     command.add_argument(
         "--window", type=int, default=256, metavar="N", help="tokens per run (default: 256)"
     )
@@ -120,7 +118,7 @@ def _summary(calibration: Calibration) -> dict[str, Any]:
     for node in calibration.nodes:
         counts = calibration.counts(node, "fc1")
         few = {}
-        for name in ("fc1", "fc2"):
+        for name in PROJECTIONS:
             enough = calibration.enough(node, name, calibration.hessian)
             experts = calibration.fallbacks(node, name, hessian=calibration.hessian)
             few[name] = {"enough": enough, "experts": experts}

@@ -76,7 +76,8 @@ def candidates(blocks: Float32, axis: int, spec: Spec) -> tuple[Float32, Float32
     whole, cut = high / within - low / within, high / beyond - low / beyond
     scales = np.concatenate([whole, whole, cut, cut, cut, cut])
     centre = np.full_like(cut, spec.format.zero_point)
-    points = [*_centred(whole, low + high, top), *_centred(cut, low + high, top), centre, centre - 1]
+    ends = low + high
+    points = [*_centred(whole, ends, top), *_centred(cut, ends, top), centre, centre - 1]
     return scales, np.concatenate(points)
 
 

@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.formats import SCALE_DTYPES
+from qmoe_rules.kernels import GATED
 from qmoe_rules.lazy import register_beside
 from qmoe_rules.rules._mlp import ALL, EVEN, FIRST_HALF, MLP, ODD, SECOND_HALF
 from qmoe_rules.rules._routing import Routing, emit_routing, refuse_routing, settled
 from qmoe_rules.slices import Combined, Joined, Lifted, SlicedTensor, Slices
-from qmoe_rules.targets import GATED
 from qmoe_rules.weights import resolve
 
 __all__ = [

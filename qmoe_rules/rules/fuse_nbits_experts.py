@@ -15,13 +15,14 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.kernels import Facts
 from qmoe_rules.report import CONVERTED, Report, Row
 from qmoe_rules.rules._chain import ChainRule, Map
 from qmoe_rules.rules._experts import Experts, Parts, derived, stack
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.slices import Slices
-from qmoe_rules.targets import Facts, Target
+from qmoe_rules.targets import Target
 
 __all__ = ["FuseNBitsExperts"]
 

@@ -16,16 +16,16 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from qmoe_rules import ops
-from qmoe_rules.facts import constant_weights, facts_of
-from qmoe_rules.fingerprints import fingerprint
+from qmoe_rules.errors import ConfigError
+from qmoe_rules.facts import FloatMoE
+from qmoe_rules.fingerprints import refuse_calibration
+from qmoe_rules.kernels import GATED, Facts
 from qmoe_rules.lazy import Projection, plan_values
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
 from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.rules.normalize_moe import REFUSED
 from qmoe_rules.statistics import ProjectionStatistics
-from qmoe_rules.targets import GATED, Facts
-from qmoe_rules.weights import ExpertWeights
 
 __all__ = ["moe_to_qmoe_rules"]
 
@@ -50,15 +50,20 @@ def moe_to_qmoe_rules(
         A rule set for `onnxscript.rewriter.rewrite`; it can be spliced into a list of rules.
 
     Raises:
-        ConfigError: The recipe is wrong.
+        ConfigError: The recipe is wrong, or has a budget.
 
     Example:
         >>> from onnxscript import rewriter
         >>> rules = moe_to_qmoe_rules(bits=4, block_size=32)
         >>> # quantized = rewriter.rewrite(model, [*rules, *other_rules])
     """
-    report = Report() if report is None else report
-    rule = MoEToQMoE.rule(Recipe.of(recipe, **recipe_fields), report)  # type: ignore[no-untyped-call]
+    recipe = Recipe.of(recipe, **recipe_fields)
+    if recipe.budget is not None:
+        raise ConfigError(
+            f"budget={recipe.budget!r} with a rule, which sees one node at a time; plan, quantize "
+            "and QuantizeMoEPass see them all"
+        )
+    rule = MoEToQMoE.rule(recipe, Report() if report is None else report)  # type: ignore[no-untyped-call]
     return RewriteRuleSet([rule])
 
 
@@ -67,8 +72,7 @@ class _Conversion:
     """What `check` found out about a node and `rewrite` needs."""
 
     recipe: Recipe
-    facts: Facts
-    attributes: Mapping[str, Any]
+    moe: FloatMoE
     projections: Mapping[str, Projection]
 
 
@@ -130,10 +134,9 @@ class MoEToQMoE(RewriteRuleClassBase):
             inputs[f"{name}_experts_bias"] = given[f"{name}_experts_bias"]
             self._leftovers.replaced(source)
             self._leftovers.made(*planned.values())
-        attributes = conversion.attributes
         recipe = conversion.recipe
         honoured = recipe.provider_target.reads_normalize(recipe.specs)
-        if not attributes["normalize_routing_weights"] and not honoured:
+        if not conversion.moe.attributes["normalize_routing_weights"] and not honoured:
             # The CPU's integers are always renormalized over the top-k, unless it has the weights.
             inputs["router_weights"] = op.Softmax(given["router_probs"], axis=-1)
         quantized: ir.Value = op.QMoE(
@@ -160,39 +163,23 @@ class MoEToQMoE(RewriteRuleClassBase):
         recipe = recipe.resolve(ops.label(node))
         if in_function:
             return "it is inside a function, which holds no initializers; inline it (see prepare)"
-        if unknown := ops.refuse_unknown(node):
-            return unknown
-        given, attributes = ops.inputs(node), ops.attributes(node)
-        for name in ("fc3_experts_weights", "fc3_experts_bias"):
-            if given[name] is not None:
-                return (
-                    told or f"{name} is present; QMoE kernels want gate and up interleaved in fc1"
-                )
-        weights = constant_weights(given)
-        if isinstance(weights, str):
-            return weights
-        facts = facts_of(weights, attributes)
-        reason = (
-            ops.refuse_shapes(weights["fc1"].shape, weights["fc2"].shape, given, attributes)
-            or _refuse_types(weights)
-            or _refuse(facts, recipe)
-        )
-        if reason:
+        if told and "fc3" in ops.projections(ops.inputs(node)):
+            return told
+        moe = FloatMoE.of(node)
+        if isinstance(moe, str):
+            return moe
+        if reason := _refuse(moe.facts, recipe):
             return reason
         label, layout = ops.label(node), recipe.storage.name
-        known = {name: recipe.statistics(label, name) for name in weights}
-        if reason := _refuse_statistics(label, known["fc1"], attributes, weights):
+        known = {name: recipe.statistics(label, name) for name in moe.weights}
+        fc1 = known["fc1"]
+        if fc1 and (reason := refuse_calibration(fc1.calibration, label, moe)):
             return reason
         projections = {
             name: Projection(view, recipe.specs[name], layout, recipe.method, known[name])
-            for name, view in weights.items()
+            for name, view in moe.weights.items()
         }
-        return _Conversion(recipe, facts, attributes, projections)
-
-
-def _refuse_types(weights: Mapping[str, ExpertWeights]) -> str | None:
-    fc1, fc2 = weights["fc1"].dtype.name, weights["fc2"].dtype.name
-    return None if fc1 == fc2 else f"fc1_experts_weights is {fc1}, fc2_experts_weights is {fc2}"
+        return _Conversion(recipe, moe, projections)
 
 
 def _refuse(facts: Facts, recipe: Recipe) -> str | None:
@@ -202,30 +189,13 @@ def _refuse(facts: Facts, recipe: Recipe) -> str | None:
     return f"{reason}; {advice}" if advice else reason
 
 
-def _refuse_statistics(
-    label: str,
-    known: ProjectionStatistics | None,
-    attributes: Mapping[str, Any],
-    weights: Mapping[str, ExpertWeights],
-) -> str | None:
-    """Returns why a node cannot be quantized with a calibration, or None.
-
-    Raises:
-        ConfigError: The calibration is of another model.
-    """
-    if known is None:
-        return None
-    if label not in known.calibration.nodes:
-        return f"calibration {known.calibration.path.name} has no node {label}"
-    known.calibration.check({label: fingerprint(attributes, weights)})
-    return None
-
-
 def _qmoe_attributes(conversion: _Conversion) -> dict[str, Any]:
     """Returns every attribute written out, because defaults have differed between versions."""
     recipe = conversion.recipe
     fc1, fc2 = recipe.specs.values()
-    attributes = {name: value for name, value in conversion.attributes.items() if value is not None}
+    attributes = {
+        name: value for name, value in conversion.moe.attributes.items() if value is not None
+    }
     attributes["expert_weight_bits"] = fc1.format.bits
     if fc2.format != fc1.format:
         attributes["fc2_expert_weight_bits"] = fc2.format.bits
@@ -254,10 +224,8 @@ def _row(node: ir.Node, found: _Conversion | str) -> Row:
 
 def _warnings(node: ir.Node, found: _Conversion) -> tuple[str, ...]:
     recipe = found.recipe
-    warnings = list(recipe.provider_target.warnings(found.facts, recipe.specs))
-    router = ops.inputs(node)["router_probs"]
-    producer = router.producer() if router is not None else None
-    if producer is not None and producer.op_type == "Softmax":
+    warnings = list(recipe.provider_target.warnings(found.moe.facts, recipe.specs))
+    if ops.routes_by_softmax(node):
         warnings.append(
             "router_probs comes from a Softmax, and MoE applies softmax to it again; the float "
             "model does the same, so it is kept, but the exporter may not have meant it"

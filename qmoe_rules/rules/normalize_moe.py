@@ -19,11 +19,12 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from qmoe_rules import ops
+from qmoe_rules.facts import constant_weights
+from qmoe_rules.kernels import GATED, INTERLEAVED
 from qmoe_rules.lazy import register_beside
 from qmoe_rules.report import SKIPPED, Report, row_of
 from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.slices import Combined, SlicedTensor, Slices
-from qmoe_rules.targets import GATED
 from qmoe_rules.weights import ExpertWeights, resolve
 
 __all__ = ["REFUSED", "normalize_moe_rules"]
@@ -32,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 REFUSED = "qmoe_rules.not_normalized"
 """Where a node's `meta` says why it was not normalized, for the rules that come after."""
-
-# What an activation with a separate fc3 is called where fc1 holds gate and linear rows.
-_WITH_FC3 = {"geglu": "geglu", "gelu": "geglu", "silu": "swiglu", "swiglu": "swiglu"}
 
 Array = npt.NDArray[Any]
 
@@ -160,8 +158,8 @@ class NormalizeMoE(RewriteRuleClassBase):
 def _is_apart(node: ir.Node) -> bool:
     """Returns whether the gate and the linear rows of a MoE are apart, in fc3 or in halves."""
     given, values = ops.inputs(node), ops.attributes(node)
-    fc3 = any(given[name] is not None for name in ("fc3_experts_weights", "fc3_experts_bias"))
-    return fc3 or (values["activation_type"] in GATED and values["swiglu_fusion"] == 2)
+    halves = values["activation_type"] in GATED and values["swiglu_fusion"] == 2
+    return halves or "fc3" in ops.projections(given)
 
 
 def _examine(node: ir.Node, in_function: bool) -> _Normalization | str:
@@ -174,9 +172,9 @@ def _examine(node: ir.Node, in_function: bool) -> _Normalization | str:
     activation, fc3 = values["activation_type"], given["fc3_experts_weights"]
     if fc3 is None and given["fc3_experts_bias"] is not None:
         return "fc3_experts_bias is present without fc3_experts_weights"
-    if fc3 is not None and activation not in _WITH_FC3:
+    if fc3 is not None and activation not in INTERLEAVED:
         return f"activation {activation!r} has no meaning with fc3"
-    weights = _weights(given)
+    weights = constant_weights(given)
     if isinstance(weights, str):
         return weights
     shapes = {name: view.shape for name, view in weights.items()}
@@ -191,23 +189,6 @@ def _examine(node: ir.Node, in_function: bool) -> _Normalization | str:
     if biases:
         fc1["fc1_experts_bias"] = _interleaved(given, "experts_bias", biases, fc3 is not None)
     return _Normalization(_attributes(values, fc3 is not None), fc1)
-
-
-def _weights(given: Mapping[str, ir.Value | None]) -> dict[str, ExpertWeights] | str:
-    """Returns views of the constant weights by projection, or why there are none."""
-    weights = {}
-    for name in ("fc1", "fc2", "fc3"):
-        value = given[f"{name}_experts_weights"]
-        if value is None and name == "fc3":
-            continue
-        view = "it is missing" if value is None else ExpertWeights.of(value)
-        if isinstance(view, str):
-            return f"{name}_experts_weights: {view}"
-        weights[name] = view
-    types = {name: view.dtype.name for name, view in weights.items()}
-    if len(set(types.values())) > 1:
-        return ", ".join(f"{name}_experts_weights is {dtype}" for name, dtype in types.items())
-    return weights
 
 
 def _biases(given: Mapping[str, ir.Value | None], weight: ExpertWeights) -> dict[str, Slices] | str:
@@ -279,7 +260,7 @@ def _attributes(values: Mapping[str, Any], separate: bool) -> dict[str, Any]:
     activation = values["activation_type"]
     changed = {**values, "swiglu_fusion": 1}
     if separate:
-        changed["activation_type"] = _WITH_FC3[activation]
+        changed["activation_type"] = INTERLEAVED[activation]
     if activation == "silu":  # silu(gate) * linear is swiglu in its bare form
         changed |= {"activation_alpha": 1.0, "activation_beta": 0.0}
     if activation in ("gelu", "silu"):  # which never read them

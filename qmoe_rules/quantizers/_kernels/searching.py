@@ -21,7 +21,16 @@ BESIDE = 128
 
 
 @jit
-def _limits(scales: Any, points: Any, top: Any, inverses: Any, lows: Any, highs: Any) -> None:
+def copy_rows(values: Any, start: int, stop: int, tile: Any) -> None:
+    """Copies some rows [B, stop - start] to where they lie close together."""
+    for k in range(len(values)):
+        row, line = values[k], tile[k]
+        for r in range(start, stop):
+            line[r - start] = row[r]
+
+
+@jit
+def limits_of(scales: Any, points: Any, top: Any, inverses: Any, lows: Any, highs: Any) -> None:
     """Writes the reciprocals of scales, and the codes' ends without their zero points."""
     for r in range(scales.size):
         scale = scales[r]
@@ -31,7 +40,7 @@ def _limits(scales: Any, points: Any, top: Any, inverses: Any, lows: Any, highs:
 
 
 @jit
-def _code(steps: Any, low: Any, high: Any, floats: bool) -> Any:
+def nearest_code(steps: Any, low: Any, high: Any, floats: bool) -> Any:
     """Returns the code nearest to `steps`, ties to even: an integer, or an e2m1 value."""
     steps = min(max(steps, low), high)
     rounder = ROUNDER
@@ -49,13 +58,13 @@ def _measure(
 ) -> None:  # fmt: skip
     """Writes the sums of `measure` of one block, one after the other, [3, L]."""
     inverses, lows, highs = limits[0], limits[1], limits[2]
-    _limits(scales, points, top, inverses, lows, highs)
+    limits_of(scales, points, top, inverses, lows, highs)
     errors, slopes, curves = sums[0], sums[1], sums[2]
-    errors[:], slopes[:], curves[:] = 0, 0, 0
+    sums[:] = 0
     for k in range(weights.size):
         row, weight = tile[k], weights[k]
         for r in range(scales.size):
-            code = _code(row[r] * inverses[r], lows[r], highs[r], floats)
+            code = nearest_code(row[r] * inverses[r], lows[r], highs[r], floats)
             off = row[r] - scales[r] * code
             weighted = weight * off
             errors[r] += weighted * off
@@ -79,14 +88,20 @@ def measure(
         sums: float32 [3, blocks, N], written: the sums of w r^2, w r q and w q^2, q being a code
             without its zero point and r what it leaves.
     """
-    limits = np.empty((3, BESIDE), np.float32)
+    limits, found = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
+    tile = np.zeros((values.shape[1], BESIDE), np.float32)
     for b in range(values.shape[0]):
-        for start in range(0, values.shape[2], BESIDE):
-            stop = min(start + BESIDE, values.shape[2])
+        scale, point = scales[b], points[b]
+        for start in range(0, scale.size, BESIDE):
+            stop = min(start + BESIDE, scale.size)
+            copy_rows(values[b], start, stop, tile)
             _measure(
-                values[b, :, start:stop], weights[b], scales[b, start:stop],
-                points[b, start:stop], top, floats, limits, sums[:, b, start:stop],
-            )  # fmt: skip
+                tile, weights[b], scale[start:stop], point[start:stop], top, floats, limits, found
+            )
+            for i in range(3):
+                line = sums[i, b]
+                for r in range(stop - start):
+                    line[start + r] = found[i, r]
 
 
 @jit
@@ -107,16 +122,18 @@ def least_error(
         chosen: int64 [blocks, N], written: the first one of the least error.
     """
     limits, sums = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
+    tile = np.zeros((values.shape[1], BESIDE), np.float32)
     best = np.empty(BESIDE, np.float32)
+    rows = values.shape[2]
     for b in range(values.shape[0]):
-        for start in range(0, values.shape[2], BESIDE):
-            found = chosen[b, start : start + BESIDE]
-            part = values[b, :, start : start + BESIDE]
+        for start in range(0, rows, BESIDE):
+            stop = min(start + BESIDE, rows)
+            found = chosen[b][start:stop]
+            copy_rows(values[b], start, stop, tile)
             for g in range(scales.shape[0]):
-                scale = scales[g, b, start : start + BESIDE]
-                point = points[g, b, start : start + BESIDE]
-                _measure(part, weights[b], scale, point, top, floats, limits, sums)
-                for r in range(found.size):
+                scale, point = scales[g, b][start:stop], points[g, b][start:stop]
+                _measure(tile, weights[b], scale, point, top, floats, limits, sums)
+                for r in range(stop - start):
                     slope, curve = sums[1, r], sums[2, r]
                     gain = np.float32(0)
                     if curve > np.float32(0) and not floats:
@@ -128,15 +145,28 @@ def least_error(
 
 
 @jit
-def encode_rows(values: Any, scales: Any, points: Any, top: Any, codes: Any) -> None:
-    """Writes integer codes with their zero points, uint8 [blocks, B, N]; see `measure`."""
+def encode_rows(values: Any, scales: Any, points: Any, top: Any, floats: bool, codes: Any) -> None:
+    """Writes codes, uint8 [blocks, B, N], integers with their zero points; see `measure`."""
     limits = np.empty((3, values.shape[2]), np.float32)
     inverses, lows, highs = limits[0], limits[1], limits[2]
     for b in range(values.shape[0]):
         point = points[b]
-        _limits(scales[b], point, top, inverses, lows, highs)
+        limits_of(scales[b], point, top, inverses, lows, highs)
         for k in range(values.shape[1]):
             row, line = values[b, k], codes[b, k]
             for r in range(row.size):
-                code = _code(row[r] * inverses[r], lows[r], highs[r], False)
-                line[r] = np.uint8(np.int32(code + point[r]))
+                code = nearest_code(row[r] * inverses[r], lows[r], highs[r], floats)
+                line[r] = _pattern(code) if floats else np.uint8(np.int32(code + point[r]))
+
+
+@jit
+def _pattern(value: Any) -> Any:
+    """Returns the code of an e2m1 value."""
+    size = abs(value)
+    if size < np.float32(2):
+        code = size * np.float32(2)
+    elif size < np.float32(4):
+        code = size + np.float32(2)
+    else:
+        code = size * np.float32(0.5) + np.float32(4)
+    return np.uint8(np.int32(code)) | np.uint8(8 if value < np.float32(0) else 0)

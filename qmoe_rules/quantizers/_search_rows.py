@@ -1,0 +1,164 @@
+"""What searches work on: rows side by side, the sums over them, and what makes up for shrinking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_rules.quantizers._candidates import stored_scales
+from qmoe_rules.quantizers._checks import finite_float32
+from qmoe_rules.statistics import Statistics
+
+__all__ = ["ROWS", "Engine", "NumpyEngine", "Rows", "column_weights", "gain"]
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.uint8]
+
+ROWS = 256
+"""How many rows are best worked on at a time: their transposes stay in the caches."""
+
+# What a column counts that calibration saw little of, in means.
+_LEAST_WEIGHT = np.float32(1e-3)
+_MOST_GAIN = 1.5
+_ROUNDER = np.float32(1.5 * 2**23)  # what is added to it loses its fraction, ties to even
+
+
+class Engine(Protocol):
+    """What takes time; `_kernels.searching` says what the arguments are."""
+
+    def measure(self, *arguments: Any) -> None:
+        """Writes sums of errors, and what a fit of the scales needs."""
+
+    def least_error(self, *arguments: Any) -> None:
+        """Writes the index of the best candidate of every block."""
+
+    def encode_rows(self, *arguments: Any) -> None:
+        """Writes codes."""
+
+
+class NumpyEngine:
+    """Every step is one float32 operation; columns are added up in their order."""
+
+    def measure(
+        self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
+        floats: bool, sums: Float32,
+    ) -> None:  # fmt: skip
+        """See `_kernels.searching.measure`."""
+        codes = _codes(values, scales, points, top, floats)
+        off = values - scales[:, None] * codes
+        weight = weights[..., None]
+        terms = (weight * off * off, weight * off * codes, weight * codes * codes)
+        for target, term in zip(sums, terms, strict=True):
+            target[:] = np.add.accumulate(term, axis=1)[:, -1]
+
+    def least_error(
+        self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
+        floats: bool, chosen: npt.NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """See `_kernels.searching.least_error`."""
+        best = np.full(chosen.shape, np.float32(np.inf))
+        sums = np.empty((3, *chosen.shape), np.float32)
+        for index, (scale, point) in enumerate(zip(scales, points, strict=True)):
+            self.measure(values, weights, scale, point, top, floats, sums)
+            error, slope, curve = sums
+            if not floats:
+                ratio = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
+                error = error - slope * ratio
+            better = error < best
+            best[better], chosen[better] = error[better], index
+
+    def encode_rows(
+        self, values: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool,
+        codes: Codes,
+    ) -> None:  # fmt: skip
+        """See `_kernels.searching.encode_rows`."""
+        found = _codes(values, scales, points, top, floats)
+        if floats:
+            codes[:] = found.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+        else:
+            codes[:] = found + points[:, None]
+
+
+def _codes(
+    values: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool
+) -> Float32:
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    low, high = -points[:, None], (top - points)[:, None]
+    steps = np.minimum(np.maximum(values * inverse[:, None], low), high)
+    rounder: Any = _ROUNDER
+    if floats:  # codes are 0.5, 1 or 2 apart
+        size = np.abs(steps)
+        half, one, two = np.float32(0.5), np.float32(1), np.float32(2)
+        apart = np.where(size < 2, half, np.where(size < 4, one, two))
+        rounder = _ROUNDER * apart
+    codes: Float32 = (steps + rounder) - rounder
+    return codes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of weights, every block divided by a power of two so that its peak is near 1.
+
+    Attributes:
+        dtype: The type of the weights.
+        values: float32 [blocks, B, N].
+        unit: float32 [blocks, N], what the values were divided by.
+        weights: float32 [blocks, B], what columns count, divided by `share`.
+        share: float32 [blocks, 1].
+    """
+
+    dtype: np.dtype
+    values: Float32
+    unit: Float32
+    weights: Float32
+    share: Float32
+
+    @classmethod
+    def of(cls, weight: npt.NDArray[np.generic], importance: Float32) -> Rows:
+        """Takes weights [N, K], and what an error in a column counts, [blocks, B]."""
+        values = np.array(finite_float32(weight).T, order="C").reshape(*importance.shape, -1)
+        peak = np.abs(values).max(axis=1)
+        unit = np.ldexp(np.float32(1), np.frexp(peak)[1] - 1)
+        unit[peak == 0] = 1
+        values /= unit[:, None]
+        share = importance.max(axis=1, keepdims=True)
+        return cls(weight.dtype, values, unit, importance / share, share)
+
+    def stored(self, scales: Float32) -> npt.NDArray[np.generic]:
+        """Returns scales of the values as scales of the weights, as they are stored."""
+        return stored_scales(scales * self.unit, self.dtype)
+
+    def total(self, sums: Float32) -> Float64:
+        """Adds up sums of squares over the blocks of every row, [N]."""
+        square = np.square(self.unit, dtype=np.float64) * self.share
+        return np.asarray((sums * square).sum(axis=0))
+
+    def power(self) -> Float64:
+        """Returns sum w x^2 of every row, [N]."""
+        square = np.square(self.values).astype(np.float64)
+        return self.total(np.einsum("bkn,bk->bn", square, self.weights))
+
+
+def column_weights(statistics: Statistics | None, columns: int) -> Float32:
+    """Returns what the square of an error in every column counts, float32 [K]."""
+    if statistics is None or not statistics.mean_square.any():
+        return np.ones(columns, np.float32)
+    square = statistics.mean_square / statistics.mean_square.max()
+    floored: Float32 = np.maximum(square, _LEAST_WEIGHT * square.mean()).astype(np.float32)
+    return floored
+
+
+def gain(whole: Float64, lost: Float64) -> Float64:
+    """Returns what makes codes as long as the weights.
+
+    Args:
+        whole: sum w x^2 of every row, or of all.
+        lost: sum w x (x - q).
+    """
+    kept = np.maximum(whole - lost, whole / _MOST_GAIN)
+    return np.divide(whole, kept, out=np.ones_like(whole), where=whole > 0)
