@@ -6,7 +6,7 @@ import itertools
 import logging
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -466,16 +466,19 @@ def test_a_router_of_another_length_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "reason"),
+    ("activation", "attributes", "reason"),
     [
-        ({"use_sparse_mixer": 1}, "use_sparse_mixer=1 is not computed here"),
-        ({"activation_type": "relu2", "swiglu_fusion": 0}, "activation 'relu2' is not computed"),
-        ({"k": 9}, "k=9 with 4 experts"),
+        ("swiglu", {"use_sparse_mixer": 1}, "use_sparse_mixer=1 is not computed here"),
+        ("relu", {"activation_type": "relu2"}, "activation 'relu2' is not computed"),
+        ("swiglu", {"k": 9}, "k=9 with 4 experts"),
     ],
 )
-def test_nodes_that_are_not_understood_are_refused(attributes: dict[str, Any], reason: str) -> None:
+def test_nodes_that_are_not_understood_are_refused(
+    activation: str, attributes: dict[str, Any], reason: str
+) -> None:
+    experts = replace(SMALL, activation=activation)
     with pytest.raises(SourceError, match=rf"^there is no MoE node to calibrate: moe: {reason}"):
-        calibrate(single(SMALL, **attributes), several(SMALL, 1))
+        calibrate(single(experts, **attributes), several(experts, 1))
 
 
 def test_a_model_without_experts_is_refused() -> None:
