@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.facts import facts_of
-from qmoe_rules.formats import Spec, format_of
+from qmoe_rules.formats import SCALE_DTYPES, Spec, format_of
 from qmoe_rules.kernels import (
     GATED,
     REFUSED,
@@ -178,10 +178,11 @@ def _dtype(node: ir.Node, given: Mapping[str, ir.Value | None]) -> str:
 
 
 def _type_of(value: ir.Value | None) -> str:
-    """Returns the name of a value's type, empty where it is not known."""
+    """Returns the name of a value's type, empty where it is no activation type or not known."""
     if value is None or value.dtype in (None, ir.DataType.UNDEFINED):
         return ""
-    return str(value.dtype.numpy().name)
+    name = str(value.dtype.numpy().name)
+    return name if name in SCALE_DTYPES else ""
 
 
 def _spec(name: str, given: Mapping[str, ir.Value | None], values: Mapping[str, Any]) -> Spec:

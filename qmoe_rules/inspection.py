@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.audit import audit
 from qmoe_rules.errors import ConfigError
+from qmoe_rules.formats import format_of
 from qmoe_rules.installed import installed
 from qmoe_rules.loading import load, locate
 from qmoe_rules.providers import TARGETS
@@ -126,8 +127,11 @@ def _stored(node: ir.Node) -> str:
         for name in ("fc1", "fc2")
     ]
     width = f"{widths[0]}" if widths[0] == widths[1] else f"{widths[0]}/{widths[1]}"
+    codes = f"{values['quant_type']}{width}"
     block = values["block_size"]
+    if values["quant_type"] != "int" and (format := format_of(values["quant_type"], widths[0])):
+        codes, block = format.name, format.block_size or block
     reach = f"block {block}" if block and block > 0 else "row"
     prepacked = values["weights_prepacked"]
     layout = _LAYOUTS.get(prepacked, f"unknown (weights_prepacked={prepacked})")
-    return f"{values['quant_type']}{width} {reach}, {layout}"
+    return f"{codes} {reach}, {layout}"

@@ -276,3 +276,15 @@ def test_json_has_the_verdicts(
     assert second["notes"] == []
     assert main(["inspect", path, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["verdict"] is None
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_floating_point_codes_are_named_and_right_where_they_were_made_for(
+    tiny_fp16: Path, tmp_path: Path, format: str
+) -> None:
+    """Their scales do not tell the activation type, and the model states no other."""
+    quantize(tiny_fp16, tmp_path / "out", format=format, target="cpu")
+    for summary in inspect(tmp_path / "out", "cpu"):
+        size = {"mxfp4": 32, "nvfp4": 16}[format]
+        assert summary.stored.startswith(f"{format} block {size}, packed")
+        assert summary.verdict == "right"

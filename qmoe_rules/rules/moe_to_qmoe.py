@@ -146,6 +146,9 @@ class MoEToQMoE(RewriteRuleClassBase):
             **_qmoe_attributes(conversion),
         )
         carry_notes(moe, quantized)
+        weights, spec = conversion.projections["fc1"].weights, conversion.projections["fc1"].spec
+        if quantized.dtype is None and spec.format.scale is not None:  # the scales do not tell it
+            quantized.type = ir.TensorType(ir.DataType.from_numpy(weights.dtype))
         return quantized
 
     def cleanup(self) -> None:
