@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from qmoe_rules.formats import Spec
 from qmoe_rules.quantized import QuantizedWeights
-from qmoe_rules.quantizers import rtn, search
+from qmoe_rules.quantizers import gptq, rtn, search
 from qmoe_rules.statistics import Statistics
 
 __all__ = ["METHODS", "Quantizer"]
 
 Quantizer = Callable[[npt.NDArray[np.generic], Spec, Statistics | None], QuantizedWeights]
 
-METHODS: dict[str, Quantizer] = {"rtn": rtn.rtn, "search": search.search}
+METHODS: dict[str, Quantizer] = {"rtn": rtn.rtn, "search": search.search, "gptq": gptq.gptq}

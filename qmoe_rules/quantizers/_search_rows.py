@@ -13,7 +13,16 @@ from qmoe_rules.quantizers._candidates import stored_scales
 from qmoe_rules.quantizers._checks import finite_float32
 from qmoe_rules.statistics import Statistics
 
-__all__ = ["ROWS", "Engine", "NumpyEngine", "Rows", "column_weights", "gain"]
+__all__ = [
+    "ROWS",
+    "Engine",
+    "NumpyEngine",
+    "Rows",
+    "column_weights",
+    "gain",
+    "limits_of",
+    "nearest_codes",
+]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -87,9 +96,21 @@ class NumpyEngine:
 def _codes(
     values: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool
 ) -> Float32:
+    inverse, low, high = (limit[:, None] for limit in limits_of(scales, points, top))
+    return nearest_codes(values * inverse, low, high, floats)
+
+
+def limits_of(
+    scales: Float32, points: Float32, top: np.float32
+) -> tuple[Float32, Float32, Float32]:
+    """Returns the reciprocals of scales, and the codes' ends without their zero points."""
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    low, high = -points[:, None], (top - points)[:, None]
-    steps = np.minimum(np.maximum(values * inverse[:, None], low), high)
+    return inverse, -points, top - points
+
+
+def nearest_codes(steps: Float32, low: Float32, high: Float32, floats: bool) -> Float32:
+    """Returns the codes nearest to `steps`, ties to even: integers, or e2m1 values."""
+    steps = np.minimum(np.maximum(steps, low), high)
     rounder: Any = _ROUNDER
     if floats:  # codes are 0.5, 1 or 2 apart
         size = np.abs(steps)
