@@ -7,6 +7,7 @@ E experts of K columns it holds, for every MoE node and for its fc1 and fc2:
 * `{node}/{projection}/mean_square`, float32 [E, K]
 * `{node}/{projection}/hessian/{expert}`, float32 [K, K], for experts that saw any token, in files
   that have Hessians
+* `{node}/fc1/hessian`, float32 [K, K], over the tokens of all experts, in the same files
 
 and in its metadata `format`, `version`, `fingerprints` (of every node, as JSON), `data` (a hash of
 what the model was run on), `tokens` (how many went through the model) and `hessian`.
@@ -30,7 +31,7 @@ from qmoe_rules.errors import ConfigError, SourceError
 
 __all__ = ["PROJECTIONS", "Calibration", "ProjectionStatistics", "Statistics"]
 
-_FORMAT, _VERSION = "qmoe_rules.calibration", "1"
+_FORMAT, _VERSION = "qmoe_rules.calibration", "2"
 
 PROJECTIONS = ("fc1", "fc2")
 """The projections of a node whose gate and linear rows are in fc1, as every provider takes them."""
@@ -152,9 +153,7 @@ class Calibration:
         known = self._without_hessian(node, projection, expert)
         if not self.hessian or not known.tokens:
             return known
-        hessian = self._tensor(node, projection, f"hessian/{expert}")
-        if hessian.shape != (known.mean_square.size,) * 2:
-            raise self._broken(f"{node}/{projection}/hessian/{expert} is {list(hessian.shape)}")
+        hessian = self._hessian(node, projection, f"hessian/{expert}")
         return Statistics(known.tokens, known.mean_square, hessian)
 
     def pooled(self, node: str, projection: str) -> npt.NDArray[np.float32]:
@@ -163,6 +162,13 @@ class Calibration:
         squares = self._tensor(node, projection, "mean_square")
         pooled: npt.NDArray[np.float32] = counts @ squares / max(counts.sum(), 1.0)
         return pooled.astype(np.float32)
+
+    def pooled_hessian(self, node: str) -> npt.NDArray[np.float32]:
+        """Returns the Hessian of fc1 over the tokens of all experts, float32 [H, H].
+
+        fc2 has none: the inputs of one expert's fc2 have nothing to do with those of another's.
+        """
+        return self._hessian(node, "fc1", "hessian")
 
     def for_expert(
         self, node: str, projection: str, expert: int, *, hessian: bool = True
@@ -173,6 +179,9 @@ class Calibration:
         x^2, and 2 K tokens for its Hessian. Without enough for that there is none, so that the
         quantizer does what the mean alone allows; and an expert of fewer than 64 tokens has the
         mean over all experts, and keeps its own count.
+
+        All experts see inputs of the same kind in fc1, and a Hessian of few tokens fits those
+        better than it fits others: there the one of all experts takes part, for 2 K tokens.
 
         Args:
             node: Name of the MoE node.
@@ -185,12 +194,22 @@ class Calibration:
         """
         counts = self.counts(node, projection)
         if hessian and self.hessian and counts[expert] >= self.enough(node, projection, True):
-            return self.statistics(node, projection, expert)
+            known = self.statistics(node, projection, expert)
+            return known if projection != "fc1" else self._shrunk(node, known)
         if counts[expert] >= self.enough(node, projection, False):
             return self._without_hessian(node, projection, expert)
         if not counts.any():
             return None
         return Statistics(int(counts[expert]), self.pooled(node, projection))
+
+    def _shrunk(self, node: str, known: Statistics) -> Statistics:
+        """Returns statistics of fc1 with a Hessian that leans towards that of all experts."""
+        share = self.enough(node, "fc1", True) / known.tokens
+        hessian = self.pooled_hessian(node)
+        hessian *= np.float32(share)
+        hessian += np.asarray(known.hessian)
+        hessian /= np.float32(1 + share)
+        return Statistics(known.tokens, known.mean_square, hessian)
 
     def fallbacks(self, node: str, projection: str, *, hessian: bool) -> list[int]:
         """Returns the experts for which `for_expert` has less than a quantizer wants."""
@@ -257,12 +276,20 @@ class Calibration:
             raise self._broken(f"{name} has negative counts or squares")
         for expert in np.flatnonzero(counts) if self.hessian else ():
             self._slice(node, projection, f"hessian/{expert}")
+        if self.hessian and projection == "fc1" and counts.any():
+            self._slice(node, projection, "hessian")
 
     def _without_hessian(self, node: str, projection: str, expert: int) -> Statistics:
         squares = self._slice(node, projection, "mean_square")
         return Statistics(
             int(self.counts(node, projection)[expert]), squares[expert : expert + 1][0]
         )
+
+    def _hessian(self, node: str, projection: str, part: str) -> npt.NDArray[np.float32]:
+        hessian: npt.NDArray[np.float32] = self._tensor(node, projection, part)
+        if hessian.shape != (self.columns(node, projection),) * 2:
+            raise self._broken(f"{node}/{projection}/{part} is {list(hessian.shape)}")
+        return hessian
 
     def _slice(self, node: str, projection: str, part: str) -> Any:
         """Returns a tensor that has not been read yet."""

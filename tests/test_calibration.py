@@ -121,6 +121,11 @@ def assert_seen(
             assert (known.hessian is not None) == calibration.hessian
             if known.hessian is not None:
                 assert_close(known.hessian, each.hessian(projection), tolerance)
+    if calibration.hessian:
+        counts = [len(each.weights) for each in expected]
+        some = [each for each in expected if len(each.weights)]
+        pooled = np.average([each.hessian("fc1") for each in some], 0, [n for n in counts if n])
+        assert_close(calibration.pooled_hessian(node), pooled, tolerance)
 
 
 def several(experts: Experts, count: int, shape: Sequence[int] = (40,)) -> list[Arrays]:
@@ -187,7 +192,7 @@ def test_an_expert_that_never_fires(masked: float, tmp_path: Path) -> None:
         f"moe/{projection}/hessian/{expert}"
         for projection in ("fc1", "fc2")
         for expert in (0, 1, 3)
-    }
+    } | {"moe/fc1/hessian"}
     fallback = calibration.for_expert("moe", "fc2", 2)
     assert fallback is not None
     assert fallback.tokens == 0

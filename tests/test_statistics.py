@@ -40,6 +40,8 @@ def tensors(hessian: bool = True) -> Tensors:
             for expert in range(3) if hessian else ():
                 rows = rng.standard_normal((columns, columns)).astype(np.float32)
                 found[f"{head}/hessian/{expert}"] = rows.T @ rows
+            if hessian and projection == "fc1":
+                found[f"{head}/hessian"] = np.eye(H, dtype=np.float32) * 7
     return found
 
 
@@ -96,8 +98,19 @@ def kind(known: Statistics | None, calibration: Calibration, expert: int) -> str
     np.testing.assert_array_equal(known.mean_square, own.mean_square)
     if known.hessian is None:
         return "mean"
-    np.testing.assert_array_equal(known.hessian, own.hessian)
+    assert own.hessian is not None
+    weights = [COUNTS[expert], 2 * H]  # the pool takes part for 2 K tokens
+    expected = np.average([own.hessian, calibration.pooled_hessian(FIRST)], 0, weights)
+    np.testing.assert_allclose(known.hessian, expected, rtol=1e-5, atol=1e-5)
     return "Hessian"
+
+
+def test_what_fc2_sees_is_the_experts_own(path: Path) -> None:
+    calibration = Calibration.load(path)
+    known = calibration.for_expert(FIRST, "fc2", 1)
+    assert known is not None
+    own = calibration.statistics(FIRST, "fc2", 1).hessian
+    np.testing.assert_array_equal(known.hessian, own)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +215,12 @@ def poke(array: npt.NDArray[Any], value: float) -> npt.NDArray[Any]:
 SQUARES, TOKENS, HESSIAN = (
     f"{FIRST}/fc1/{part}" for part in ("mean_square", "tokens", "hessian/1")
 )
+POOLED = f"{FIRST}/fc1/hessian"
 BROKEN: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "no counts": (lambda t: t.pop(TOKENS), f"it has no {TOKENS}"),
     "no means": (lambda t: t.pop(SQUARES), f"it has no {SQUARES}"),
     "no Hessian": (lambda t: t.pop(HESSIAN), f"it has no {HESSIAN}"),
+    "no pooled Hessian": (lambda t: t.pop(POOLED), f"it has no {POOLED}"),
     "NaN": (
         replaced(SQUARES, lambda a: poke(a, np.nan)),
         f"{SQUARES} holds an infinity or a NaN",
@@ -270,7 +285,7 @@ def test_a_broken_hessian_is_an_error_when_it_is_read(
     ("changes", "message"),
     [
         ({"format": "other"}, "is not a calibration file"),
-        ({"version": "2"}, "has version 2 of the calibration format, and 1 is known"),
+        ({"version": "1"}, "has version 1 of the calibration format, and 2 is known"),
         ({"tokens": "many"}, "is broken: its metadata"),
         ({"fingerprints": "{"}, "is broken: its metadata"),
     ],
@@ -333,7 +348,7 @@ def test_only_what_is_asked_for_is_read(path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Calibration, "_slice", spy)
     calibration.for_expert(FIRST, "fc1", 1)
-    assert [name for name in read if "hessian" in name] == [HESSIAN]
+    assert [name for name in read if "hessian" in name] == [HESSIAN, POOLED]
     read.clear()
     calibration.for_expert(FIRST, "fc1", 1, hessian=False)
     assert not [name for name in read if "hessian" in name]

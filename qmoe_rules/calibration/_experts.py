@@ -132,6 +132,13 @@ class _Moments:
             with np.errstate(over="ignore", invalid="ignore"):
                 self.hessian += weighted.T @ weighted
 
+    def join(self, other: _Moments) -> None:
+        """Adds the rows of another."""
+        self.tokens += other.tokens
+        self.square += other.square
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian
+
     def means(self) -> tuple[Float32Array, Float32Array | None]:
         """Returns the mean of x^2 and the Hessian, which may be infinite in float32."""
         with np.errstate(over="ignore"):
@@ -163,6 +170,7 @@ def observe(
         SourceError: A value is an infinity or a NaN.
     """
     routed = _Routed(layer, x, router)
+    everyone = _Moments(layer.columns("fc1"), hessian)
     counts = np.zeros(layer.experts, np.int64)
     squares = {
         name: np.zeros((layer.experts, layer.columns(name)), np.float32) for name in PROJECTIONS
@@ -180,6 +188,7 @@ def observe(
             if output is not None:
                 output[rows] += weights[:, None] * run.output(active)
         counts[expert] = moments["fc1"].tokens
+        everyone.join(moments["fc1"])
         for name, sums in moments.items():
             squares[name][expert], second = sums.means()
             if any(_bad_row(each) is not None for each in (squares[name][expert], second)):
@@ -187,6 +196,9 @@ def observe(
             if second is not None:
                 sink(f"{name}/hessian/{expert}", second)
         yield
+    _, pooled = everyone.means()
+    if pooled is not None:
+        sink("fc1/hessian", pooled)
     for name in PROJECTIONS:
         sink(f"{name}/tokens", counts)
         sink(f"{name}/mean_square", squares[name])
