@@ -112,7 +112,7 @@ class Subject:
         self.count = sum(len(next(iter(feed.values()))) for feed in self.windows)
         known = read_feeds(calibration, inputs, window=WINDOW, windows=CALIBRATION_WINDOWS)
         self.calibration: Calibration = calibrate(self.path, known, hessian=True)
-        self._logits = list(logits_of(self.path, self.windows))
+        self._float = [log_softmax(logits) for logits in logits_of(self.path, self.windows)]
 
     def fits(self, recipe: Recipe) -> bool:
         """Returns whether the target takes every MoE so."""
@@ -145,18 +145,20 @@ class Subject:
         """Compares a model's logits, window by window, with the float model's."""
         rows = []
         texts = (text for feed in self.windows for text in next(iter(feed.values())))
-        for text, before, after in zip(texts, self._logits, logits, strict=True):
-            p, q = log_softmax(before), log_softmax(after)
-            truth = text[1:, None]
-            change = np.take_along_axis(p[:-1] - q[:-1], truth, -1).mean()
+        for text, p, after in zip(texts, self._float, logits, strict=True):
+            q = log_softmax(after)
+            change = np.take_along_axis(p[:-1] - q[:-1], text[1:, None], -1).mean(dtype=np.float64)
             same = (p.argmax(-1) == q.argmax(-1)).mean()
-            rows.append(((np.exp(p) * (p - q)).sum(-1).mean(), change, same))
+            divergence = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64).mean()
+            rows.append((divergence, change, same))
         return Quality(*map(float, np.mean(rows, axis=0)))
 
 
 def logits_of(model: Path, windows: Iterable[Feed]) -> Iterator[npt.NDArray[np.float32]]:
     """Runs a model on the CPU and yields the logits of every window, [time, 256]."""
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     for feed in windows:
         yield from session.run(None, feed)[0].astype(np.float32)
 
@@ -168,10 +170,11 @@ def together(feeds: Iterable[Feed]) -> Iterator[Feed]:
         yield {name: np.concatenate([feed[name] for feed in some]) for name in some[0]}
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Returns log probabilities, float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    normalized: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Returns log probabilities, each as float32, the sum below them as float64."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64))
+    normalized: npt.NDArray[np.float32] = (shifted - total).astype(np.float32)
     return normalized
 
 

@@ -65,7 +65,10 @@ class Recipe:
             the first of 32, 64, 128, 16 and 256 that they take; 32 for mxfp4, 16 for nvfp4, and
             128 for fp8, whose blocks are square, and where 0 means one scale per expert.
         symmetric: Whether integer codes are centred on zero. Otherwise zero points are stored.
-        method: How codes are chosen: `"rtn"`, round to nearest.
+        method: How codes are chosen: `"rtn"`, round to nearest; `"search"`, the scales of least
+            error, by the calibration where there is one; or `"gptq"`, error feedback, which asks
+            for a calibration with Hessians. The router and all else outside the experts keep
+            their bytes whatever it is.
         calibration: What the experts have seen, for methods that ask for it: a `Calibration`, or
             the file of one.
         layout: Order of the stored bytes. For integers `"raw"`, which every provider reads and

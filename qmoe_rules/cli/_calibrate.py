@@ -20,7 +20,7 @@ from qmoe_rules.statistics import PROJECTIONS, Calibration
 
 __all__ = ["add"]
 
-_TEXT = "run a float model on data and keep what its experts see, for --method search"
+_TEXT = "run a float model on data and keep what its experts see, for the methods that lose less"
 _DATA = (
     "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
     ".safetensors by input name"
