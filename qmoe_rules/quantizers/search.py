@@ -8,15 +8,17 @@ part, so that the choice is never worse than `rtn`'s, and weights that it keeps 
 
 Least squares shrink: what they leave is orthogonal to the codes, so the codes are shorter than the
 weights, by 11 % of the square with 2 bits. Outputs that are all too small, layer after layer, harm
-a model more than the same error at random. So in the end the scales of a row are multiplied by the
-one factor that makes sum_k w_k x_k q_k = sum_k w_k x_k^2, which leaves the row's output as large as
-it was. It is 1 where nothing is lost.
+a model more than the same error at random. So where it is known what the weights are multiplied
+with, the scales of a row are multiplied in the end by the one factor that makes sum_k w_k x_k q_k =
+sum_k w_k x_k^2, which leaves the row's output as large as it was. It is 1 where nothing is lost.
 
 mxfp4 and nvfp4 try the scales next to `rtn`'s, and the expert's scale takes the factor. fp8 is left
 to `rtn`: errors of floats are relative, so that the scale hardly matters.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +46,8 @@ __all__ = ["search", "search_numpy"]
 Float32 = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.generic]
+
+_Gain = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 
 _FITS = 3
 
@@ -93,8 +97,9 @@ def _search(
     if spec.format.square:
         return nearest
     importance = column_weights(statistics, columns).reshape(spec.blocks(columns), -1)
+    keep = gain if statistics is not None and statistics.mean_square.any() else _as_it_is
     find = _search_integers if spec.format.element is None else _search_floats
-    return find(weight, importance, nearest, engine)
+    return find(weight, importance, nearest, engine, keep)
 
 
 def _search_integers(
@@ -102,6 +107,7 @@ def _search_integers(
     importance: Float32,
     nearest: QuantizedWeights,
     engine: Engine,
+    keep: _Gain,
 ) -> QuantizedWeights:
     spec, blocks = nearest.spec, len(importance)
     scales = np.empty((len(weight), blocks), weight.dtype)
@@ -114,7 +120,7 @@ def _search_integers(
     for start in range(0, len(weight), ROWS):
         part = slice(start, start + ROWS)
         rows = Rows.of(weight[part], importance)
-        found = _fitted(rows, spec, old_scales[part].T, old_points[part].T, engine)
+        found = _fitted(rows, spec, old_scales[part].T, old_points[part].T, engine, keep)
         codes[part] = found[0].reshape(weight.shape[1], -1).T
         scales[part], points[part] = found[1].T, found[2].T
     shape = spec.scales_shape(*weight.shape)
@@ -123,7 +129,7 @@ def _search_integers(
 
 
 def _fitted(
-    rows: Rows, spec: Spec, old_scales: Float32, old_points: Float32, engine: Engine
+    rows: Rows, spec: Spec, old_scales: Float32, old_points: Float32, engine: Engine, keep: _Gain
 ) -> tuple[Codes, Scales, Float32]:
     """Returns codes [blocks, B, N], scales and zero points [blocks, N]."""
     top = np.float32(spec.format.max_code)
@@ -148,7 +154,7 @@ def _fitted(
         scales = scales + np.divide(sums[1], sums[2], out=np.zeros_like(scales), where=sums[2] > 0)
     codes = np.empty(rows.values.shape, np.uint8)
     engine.encode_rows(rows.values, best_scales, best_points, top, False, codes)
-    factor = gain(rows.power(), rows.total(best[0] + best_scales * best[1]))
+    factor = keep(rows.power(), rows.total(best[0] + best_scales * best[1]))
     return codes, rows.stored((best_scales * factor).astype(np.float32)), best_points
 
 
@@ -157,6 +163,7 @@ def _search_floats(
     importance: Float32,
     nearest: QuantizedWeights,
     engine: Engine,
+    keep: _Gain,
 ) -> QuantizedWeights:
     spec, expert_scale = nearest.spec, np.asarray(nearest.global_scale)
     end = np.float32(spec.format.max_value)
@@ -178,8 +185,15 @@ def _search_floats(
         codes[part] = found.reshape(weight.shape[1], -1).T
         whole += rows.power().sum()
         lost += rows.total(sums[0] + scale * sums[1]).sum()
-    factor = gain(np.asarray(whole), np.asarray(lost)).astype(np.float32)
+    factor = keep(np.asarray(whole), np.asarray(lost)).astype(np.float32)
     return QuantizedWeights(pack(codes, 4), stored, spec, global_scale=expert_scale * factor)
+
+
+def _as_it_is(
+    whole: npt.NDArray[np.float64], _lost: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Stands in for `gain` where nothing is known of the inputs."""
+    return np.ones_like(whole)
 
 
 def _neighbours(scales: Scales) -> Scales:
