@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -15,33 +14,20 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from qmoe_rules import ops
 from qmoe_rules.formats import SCALE_DTYPES
-from qmoe_rules.kernels import Facts
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.testing._building import build_model
 from qmoe_rules.testing._designs import ACTIVATIONS, BEHIND, FORMS, LayerDesign, ModelDesign
+from qmoe_rules.testing._layers import SUBGRAPHS, Choices, Kind, every_kind, layers, settled
 from qmoe_rules.testing._weights import WeightDesign, weight_designs
 
 __all__ = ["model_designs", "moe_models", "moe_nodes"]
 
 _SIZES = (32, 64, 96, 128, 20)
 _OPSETS = (21, 13, 17, 18, 20, 22)
-# Alpha, beta and limit of swiglu, as models have them.
-_SCALED = ((None, None, None), (None, None, 0.5), (1.702, 1.0, 7.0), (1.702, None, None))
-_SUBGRAPHS = ("if", "loop")
 _BFLOAT16_IN_SUBGRAPHS = 16  # the first opset whose If and Loop take it
 
 
 _PLAIN = ModelDesign()
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A combination of what decides whether a provider runs a MoE."""
-
-    dtype: str
-    form: str
-    activation: str
-    biased: bool
 
 
 def model_designs(
@@ -120,8 +106,8 @@ def model_designs(
             raise InvalidArgument(f"{name}={sizes!r}; it holds numbers from {least}")
     # Everything that may be switched off, as what there is to choose from: the first is simplest.
     places = ["main"]
-    places += [*_SUBGRAPHS] * allow_subgraphs + ["function"] * allow_functions
-    layers = _Layers(
+    places += [*SUBGRAPHS] * allow_subgraphs + ["function"] * allow_functions
+    choices = Choices(
         kinds,
         max_experts,
         tuple(inter_sizes),
@@ -131,21 +117,22 @@ def model_designs(
         tuple(places),
         ("input", "matmul") if allow_computed_routers else ("input",),
         allow_shared_weights,
-        allow_constant_nodes,
     )
+    flags = {
+        "residual": allow_residuals,
+        "annotated": allow_annotations,
+        "named": allow_unnamed_nodes,
+    }
     return _designs(
-        layers,
-        (min_layers, max_layers),
         {
-            "hidden": tuple(hidden_sizes),
-            "rank": (2, 3),
-            "opset": tuple(opsets),
+            dtype: st.lists(layers(choices, dtype), min_size=min_layers, max_size=max_layers)
+            for dtype in dict.fromkeys(kind.dtype for kind in kinds)
         },
-        {
-            "residual": allow_residuals,
-            "annotated": allow_annotations,
-            "named": allow_unnamed_nodes,
-        },
+        hidden=st.sampled_from(tuple(hidden_sizes)),
+        rank=st.sampled_from([2, 3]),
+        opset=st.sampled_from(tuple(opsets)),
+        changed=st.sampled_from(_subsets([name for name, is_on in flags.items() if is_on])),
+        constants=allow_constant_nodes,
     )
 
 
@@ -182,96 +169,33 @@ def _only_node(model: ir.Model) -> ir.Node:
     return node
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """What there is to choose from for a layer."""
-
-    kinds: tuple[_Kind, ...]
-    max_experts: int
-    inter: Sequence[int]
-    weights: SearchStrategy[WeightDesign]
-    homes: Sequence[str]
-    behind: Sequence[str]
-    places: Sequence[str]
-    routers: Sequence[str]
-    may_share: bool
-    may_be_constant: bool
-
-    def draw(self, draw: DrawFn, dtype: str, before: LayerDesign | None) -> LayerDesign:
-        """Draws a layer."""
-        place = draw(st.sampled_from(self.places))
-        router = draw(st.sampled_from(self.routers))
-        normalize = draw(st.sampled_from([None, 0, 1]))
-        shares = before is not None and not before.inside and self.may_share and draw(st.booleans())
-        if shares and before is not None:
-            own = {name: getattr(before, name) for name in _SHARED}
-            inside = False
-        else:
-            own = self._experts(draw, dtype)
-            inside = place in self._insides and draw(st.booleans())
-        scaled: Sequence[Any] = _SCALED if own["activation"] == "swiglu" else _SCALED[:1]
-        alpha, beta, limit = draw(st.sampled_from(scaled))
-        return LayerDesign(
-            **own,
-            k=draw(st.integers(1, own["experts"])),
-            normalize=normalize,
-            alpha=alpha,
-            beta=beta,
-            limit=limit,
-            place=place,
-            inside=inside,
-            shared=shares,
-            router=router,
-        )
-
-    @property
-    def _insides(self) -> tuple[str, ...]:
-        """The places that may hold weights; a function holds them as Constant nodes."""
-        return (*_SUBGRAPHS, *(["function"] if self.may_be_constant else []))
-
-    def _experts(self, draw: DrawFn, dtype: str) -> dict[str, Any]:
-        kind = draw(st.sampled_from([kind for kind in self.kinds if kind.dtype == dtype]))
-        biases: tuple[str, ...] = ()
-        if kind.biased:
-            names = ("fc1", "fc2", "fc3") if kind.form == "fc3" else ("fc1", "fc2")
-            chosen = draw(st.sets(st.sampled_from(names), min_size=1))
-            biases = tuple(sorted(chosen))
-        return {
-            "experts": draw(st.integers(1, self.max_experts)),
-            "inter": draw(st.sampled_from(self.inter)),
-            "activation": kind.activation,
-            "form": kind.form,
-            "biases": biases,
-            "weights": draw(self.weights),
-            "home": draw(st.sampled_from(self.homes)),
-            "behind": draw(st.sampled_from(self.behind)),
-        }
-
-
-# What a layer has in common with the one whose weights it shares.
-_SHARED = ("experts", "inter", "activation", "form", "biases", "weights", "home", "behind")
-
-
-@st.composite
 def _designs(
-    draw: DrawFn,
-    layers: _Layers,
-    counts: tuple[int, int],
-    choices: dict[str, Sequence[Any]],
-    flags: dict[str, bool],
+    drawn: Mapping[str, SearchStrategy[list[LayerDesign]]],
+    constants: bool,
+    **fields: SearchStrategy[Any],
+) -> SearchStrategy[ModelDesign]:
+    """Returns a strategy for models, given one for their layers by activation type."""
+
+    def of_dtype(dtype: str) -> SearchStrategy[ModelDesign]:
+        make = functools.partial(_design, dtype, constants)
+        return st.builds(make, layers=drawn[dtype], **fields)
+
+    strategies = {dtype: of_dtype(dtype) for dtype in drawn}
+    return st.sampled_from(list(drawn)).flatmap(strategies.__getitem__)
+
+
+def _design(
+    dtype: str,
+    constants: bool,
+    layers: Sequence[LayerDesign],
+    changed: Sequence[str],
+    **fields: int,
 ) -> ModelDesign:
-    dtype = draw(st.sampled_from(list(dict.fromkeys(kind.dtype for kind in layers.kinds))))
-    fields = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
-    # All flags in one draw, because every draw takes time: those that differ from the default.
-    changed = draw(st.sampled_from(_subsets([name for name, is_on in flags.items() if is_on])))
-    fields |= {name: not getattr(_PLAIN, name) for name in changed}
-    if dtype == "bfloat16" and fields["opset"] < _BFLOAT16_IN_SUBGRAPHS:
-        flat = [place for place in layers.places if place not in _SUBGRAPHS]
-        layers = replace(layers, places=flat)
-    drawn: list[LayerDesign] = []
-    for _ in range(draw(st.integers(*counts))):
-        drawn.append(layers.draw(draw, dtype, drawn[-1] if drawn else None))
-    return ModelDesign(tuple(drawn), dtype=dtype, **fields)
+    """Returns a model; `changed` are the flags that are not as they are by default."""
+    flags = {name: not getattr(_PLAIN, name) for name in changed}
+    subgraphs = dtype != "bfloat16" or fields["opset"] >= _BFLOAT16_IN_SUBGRAPHS
+    fitting = settled(layers, subgraphs=subgraphs, constants=constants)
+    return ModelDesign(fitting, dtype=dtype, **fields, **flags)  # type: ignore[arg-type]
 
 
 def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -285,16 +209,16 @@ def _kinds(
     forms: tuple[str, ...],
     activations: tuple[str, ...],
     allow_biases: bool,
-) -> tuple[_Kind, ...]:
+) -> tuple[Kind, ...]:
     if runs_on is not None and runs_on not in TARGETS:
         raise InvalidArgument(f"runs_on={runs_on!r}; it may be {', '.join(map(repr, TARGETS))}")
     kinds = tuple(
         kind
-        for kind in _every_kind(runs_on)
+        for kind in every_kind(runs_on)
         if kind.dtype in dtypes
         and kind.form in forms
         and kind.activation in activations
-        and (allow_biases or not kind.biased)
+        and (allow_biases or not kind.biases)
     )
     if not kinds:
         where = "" if runs_on is None else f"runs_on={runs_on!r} runs no MoE with "
@@ -303,32 +227,6 @@ def _kinds(
             f"{list(activations)}{'' if where else ' fit no MoE'}"
         )
     return kinds
-
-
-@functools.cache
-def _every_kind(runs_on: str | None) -> tuple[_Kind, ...]:
-    """Returns all kinds of MoE, or those that every provider of a target runs right."""
-    kinds = (
-        _Kind(dtype, form, activation, biased)
-        for dtype in SCALE_DTYPES
-        for biased in (False, True)
-        for form in FORMS
-        for activation in ACTIVATIONS[form]
-    )
-    return tuple(kind for kind in kinds if runs_on is None or _is_right(kind, runs_on))
-
-
-def _is_right(kind: _Kind, target: str) -> bool:
-    facts = Facts(
-        kind.dtype,
-        kind.activation,
-        {"interleaved": 1, "halves": 2}.get(kind.form, 0),
-        hidden=64,
-        inter=64,
-        fc3=kind.form == "fc3",
-        others=frozenset({"fc3_biases"} if kind.form == "fc3" and kind.biased else ()),
-    )
-    return TARGETS[target].judge(facts, None) is None
 
 
 def _known(name: str, given: Collection[str] | None, known: Sequence[str]) -> tuple[str, ...]:

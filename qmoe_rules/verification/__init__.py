@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy.typing as npt
 
 from qmoe_rules import ops
-from qmoe_rules.errors import ConfigError
+from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.feeds import Feed, random_feeds
 from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.verification._comparison import Comparison
 from qmoe_rules.verification._conversion import Captured, Settings, obstacle
@@ -27,7 +28,7 @@ from qmoe_rules.verification._report import (
     VerificationReport,
 )
 from qmoe_rules.verification._runtime import check_provider
-from qmoe_rules.verification._whole import WholeRun, given_feeds, random_feeds, run_both
+from qmoe_rules.verification._whole import WholeRun, given_feeds, run_both
 
 __all__ = [
     "Failure",
@@ -49,6 +50,7 @@ def verify(
     provider: str = "CPUExecutionProvider",
     source_layout: str | None = None,
     whole_model: bool = True,
+    must_convert: bool = True,
 ) -> VerificationReport:
     """Checks a converted model against the float model, node by node and as a whole.
 
@@ -68,6 +70,7 @@ def verify(
             `"cutlass_sm80"`; what the provider takes them for where it is left out.
         whole_model: Whether to compare the outputs of the whole models too, for which each is in
             memory in turn.
+        must_convert: Whether it is a failure that the converted model has no QMoE.
 
     Returns:
         What was found. `raise_if_failed` turns it into an error.
@@ -97,7 +100,7 @@ def verify(
     names = [_names(pair, first, second) if given else None for pair in found]
     run = WholeRun("not asked for")
     if feeds is not None or whole_model:
-        made = random_feeds(first.model, tokens, seed) if feeds is None else feeds
+        made = _random(first, tokens, seed) if feeds is None else feeds
         reasons = (obstacle(pair, provider) for pair in found)
         reason = next((each for each in reasons if each), None)
         if isinstance(made, str):
@@ -110,10 +113,19 @@ def verify(
     )
     texts = dict.fromkeys(each.text for each in comparison.differences)
     failures = [Failure("outside", text) for text in texts]
-    if not any(pair.after is not None and ops.is_op(pair.after, "QMoE") for pair in found):
+    converted = any(pair.after is not None and ops.is_op(pair.after, "QMoE") for pair in found)
+    if must_convert and not converted:
         failures.insert(0, Failure("pairing", "the converted model has no QMoE"))
     told = run.told or f"ran on {'the given' if given else 'random'} inputs"
     return VerificationReport(provider, nodes, (*failures, *run.failures), run.outputs, told)
+
+
+def _random(source: Source, tokens: int, seed: int) -> Feed | str:
+    """Returns random inputs for a model, or why they cannot be made."""
+    try:
+        return random_feeds(source.model, tokens, seed)
+    except (ConfigError, SourceError) as error:
+        return f"{error}; give inputs"
 
 
 Names = tuple[int, tuple[str, str]]

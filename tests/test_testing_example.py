@@ -1,0 +1,133 @@
+"""The suite of docs/testing.md, as it stands there: it finds planted bugs, and shrinks them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, settings
+from onnxscript.rewriter import rewrite
+
+from qmoe_rules import Recipe, moe_to_qmoe_rules, ops
+from qmoe_rules.testing import (
+    LayerDesign,
+    ModelDesign,
+    assert_same_meaning,
+    build_model,
+    model_designs,
+    moe_models,
+)
+from tests.moe_models import Array
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "testing.md"
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SHRINKING = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+EXPORTED: dict[str, Any] = {
+    "forms": ["fc3"],
+    "activations": ["swiglu"],
+    "allow_biases": False,
+    "allow_nodes_before_weights": False,
+}
+SIMPLEST = ModelDesign(layers=(LayerDesign(activation="swiglu", form="fc3"),))
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    """What the document's Python defines."""
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL):
+        exec(compile(block, str(DOCUMENT), "exec"), namespace)
+    return namespace
+
+
+def test_the_right_rule_passes(example: dict[str, Any]) -> None:
+    FEW(example["test_interleaving_keeps_the_meaning"])()
+
+
+def test_quantization_passes(example: dict[str, Any]) -> None:
+    FEW(example["test_quantized_models_mean_what_their_weights_mean"])()
+
+
+def swapped(rule: type) -> type:
+    """The rule of the document with a bug: linear rows come before gate rows."""
+
+    class Swapped(rule):  # type: ignore[misc]
+        def interleave(self, gate: Array, up: Array) -> Array:
+            wrong: Array = super().interleave(up, gate)
+            return wrong
+
+    return Swapped
+
+
+def fails(example: dict[str, Any], design: ModelDesign, rule: type) -> bool:
+    try:
+        example["check"](build_model(design), rule)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_a_swapped_gate_is_found_and_shrinks_to_the_simplest_layer(example: dict[str, Any]) -> None:
+    bug = swapped(example["InterleaveGate"])
+    found = find(
+        model_designs(**EXPORTED), lambda design: fails(example, design, bug), settings=SHRINKING
+    )
+    assert found == SIMPLEST
+    message = r"output y is 1\.\d+ off what it was.* at \[\d+, \d+\](.|\n)*kept: /layers.0/moe"
+    with pytest.raises(AssertionError, match=message):
+        example["check"](build_model(found), bug)
+
+
+def test_the_suite_fails_with_python_that_builds_the_model(example: dict[str, Any]) -> None:
+    bug = swapped(example["InterleaveGate"])
+
+    @settings(SHRINKING, phases=[Phase.generate, Phase.shrink])
+    @given(moe_models(**EXPORTED))
+    def suite(model: ir.Model) -> None:
+        example["check"](model, bug)
+
+    with pytest.raises(AssertionError) as failure:
+        suite()
+    (printed,) = re.findall(r"model=(build_model\(.*\)),", "".join(failure.value.__notes__), re.S)
+    again = eval(printed, {each.__name__: each for each in (build_model, ModelDesign, LayerDesign)})
+    assert fails_alike(example, again, bug)
+    assert printed == f"build_model({SIMPLEST!r})"
+
+
+def fails_alike(example: dict[str, Any], model: ir.Model, rule: type) -> bool:
+    with pytest.raises(AssertionError, match="output y is"):
+        example["check"](model, rule)
+    return True
+
+
+def without_zero_points(model: ir.Model) -> ir.Model:
+    """Somebody's tool that writes the inputs of QMoE anew, and forgets the last ones."""
+    for node in ops.nodes(model, "QMoE"):
+        kept = ops.QMOE_INPUTS.index("fc1_zero_points")
+        for index in range(kept, len(node.inputs)):
+            node.replace_input_with(index, None)
+    return model
+
+
+def test_forgotten_zero_points_are_found(example: dict[str, Any]) -> None:
+    recipe = Recipe(target="cpu", symmetric=False)
+
+    def loses(design: ModelDesign) -> bool:
+        model = build_model(design)
+        after = rewrite(model.clone(), [*moe_to_qmoe_rules(recipe)])
+        assert_same_meaning(model, after)
+        try:
+            assert_same_meaning(model, without_zero_points(after))
+        except AssertionError as failure:
+            return "weights: " in str(failure)
+        return False
+
+    designs = model_designs(runs_on="cpu", allow_functions=False, max_layers=1)
+    found = find(designs, loses, settings=settings(SHRINKING, max_examples=50))
+    assert len(found.layers) == 1
+    assert found.layers[0].experts == 1
+    assert np.array_equal(found.hidden, 32)
