@@ -19,7 +19,7 @@ from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.slices import SlicedTensor
 
-__all__ = ["Comparison", "Difference"]
+__all__ = ["Comparison", "Difference", "ancestors"]
 
 Values = Sequence[ir.Value | None]
 
@@ -84,7 +84,7 @@ class Comparison:
         """
         if not self.differences:
             return []
-        region = _ancestors(*values) - _ancestors(without)
+        region = ancestors(*values) - ancestors(without)
         taken = [each for each in self.differences if each.at in region]
         self.differences = [each for each in self.differences if each.at not in region]
         return taken
@@ -187,7 +187,7 @@ class Comparison:
         self.differences.append(Difference(at, f"{before}, and {after} in the converted model"))
 
 
-def _ancestors(*values: ir.Value | None) -> set[ir.Value]:
+def ancestors(*values: ir.Value | None) -> set[ir.Value]:
     """Returns values and everything that they are computed from."""
     found: set[ir.Value] = set()
     pending = [value for value in values if value is not None]
