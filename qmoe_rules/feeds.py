@@ -244,9 +244,7 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     )
 
 
-def _random(
-    value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generator
-) -> Array | None:
+def _random(value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generator) -> Array | None:
     """Returns values for an input, None where they are unknown, or follow from others."""
     name = str(value.name).lower()
     if value.shape is None or value.dtype is None or name.startswith("past"):

@@ -28,6 +28,7 @@ from qmoe_rules.testing._graph import Graph as Graph
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
+
 @dataclass(frozen=True)
 class Experts:
     """The weights and the inputs of one MoE node, drawn from a seed.

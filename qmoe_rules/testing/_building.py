@@ -150,9 +150,7 @@ class _Builder:
         name = f"/layers.{index}/moe" if self.design.named else None
         return graph.moe(x, router, weights, out=f"l{index}_y", name=name, **attributes)
 
-    def _in_main(
-        self, index: int, layer: LayerDesign, x: ir.Value, router: ir.Value
-    ) -> ir.Value:
+    def _in_main(self, index: int, layer: LayerDesign, x: ir.Value, router: ir.Value) -> ir.Value:
         return self._moe(self.graph, index, layer, x, router, self.shared)
 
     def _in_function(

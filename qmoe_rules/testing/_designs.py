@@ -10,7 +10,7 @@ from qmoe_rules.testing._weights import WeightDesign
 __all__ = ["ACTIVATIONS", "BEHIND", "FORMS", "LayerDesign", "ModelDesign"]
 
 FORMS = ("plain", "interleaved", "halves", "fc3")
-"""Where the linear rows of an expert are: nowhere, or in fc1 (`swiglu_fusion` 1 or 2), or in fc3."""
+"""Where the linear rows are: nowhere, or in fc1 (`swiglu_fusion` 1 or 2), or in fc3."""
 
 ACTIVATIONS = {
     "plain": ("relu", "silu", "gelu", "identity"),
@@ -22,6 +22,9 @@ ACTIVATIONS = {
 
 BEHIND = ("", "Identity", "Transpose", "Reshape", "Squeeze", "Cast", "Concat", "Split", "Slice")
 """Nodes that a weight may lie behind."""
+
+
+_STEPS = WeightDesign()
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +64,7 @@ class LayerDesign(Brief):
     alpha: float | None = None
     beta: float | None = None
     limit: float | None = None
-    weights: WeightDesign = WeightDesign()
+    weights: WeightDesign = _STEPS
     home: str = "initializer"
     behind: str = ""
     place: str = "main"
@@ -86,6 +89,9 @@ class LayerDesign(Brief):
         return self.experts, self.inter * (2 if self.fusion else 1), hidden
 
 
+_LAYER = LayerDesign()
+
+
 @dataclass(frozen=True, repr=False)
 class ModelDesign(Brief):
     """A model with layers of experts, one after the other.
@@ -101,7 +107,7 @@ class ModelDesign(Brief):
         annotated: Whether the model, its nodes and its values have doc strings and metadata.
     """
 
-    layers: tuple[LayerDesign, ...] = (LayerDesign(),)
+    layers: tuple[LayerDesign, ...] = (_LAYER,)
     hidden: int = 32
     dtype: str = "float32"
     rank: int = 2

@@ -1,4 +1,4 @@
-"""What whole models compute: in ONNX Runtime, or else with the float64 reference for the experts."""
+"""What whole models compute: in ONNX Runtime, or else with the reference for the experts."""
 
 from __future__ import annotations
 

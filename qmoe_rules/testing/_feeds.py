@@ -14,9 +14,7 @@ from qmoe_rules.testing._evaluation import AnyModel, copied
 __all__ = ["feeds_for"]
 
 
-def feeds_for(
-    model: AnyModel, *, min_tokens: int = 1, max_tokens: int = 8
-) -> SearchStrategy[Feed]:
+def feeds_for(model: AnyModel, *, min_tokens: int = 1, max_tokens: int = 8) -> SearchStrategy[Feed]:
     """Returns a strategy for inputs of a model, arrays by name as ONNX Runtime takes them.
 
     They are one random sequence: normally distributed where they are floating-point, rows of the
@@ -34,9 +32,7 @@ def feeds_for(
         >>> feeds = feeds_for(build_model(ModelDesign()))
     """
     if not 1 <= min_tokens <= max_tokens:
-        raise InvalidArgument(
-            f"min_tokens={min_tokens}, max_tokens={max_tokens}; 1 <= min <= max"
-        )
+        raise InvalidArgument(f"min_tokens={min_tokens}, max_tokens={max_tokens}; 1 <= min <= max")
     make = functools.partial(random_feeds, copied(model))
     make(min_tokens, 0)  # says now what is not known
     return st.builds(make, st.integers(min_tokens, max_tokens), st.integers(0, 2**32 - 1))

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import SearchStrategy
 
 from qmoe_rules import ops
 from qmoe_rules.formats import SCALE_DTYPES

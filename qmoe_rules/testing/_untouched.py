@@ -64,9 +64,7 @@ def _is_excepted(names: Sequence[str | None], patterns: Sequence[str]) -> bool:
     return any(matches(pattern, name) for pattern in patterns for name in names if name)
 
 
-def _differences(
-    before: ir.Model, after: ir.Model
-) -> Iterator[tuple[tuple[str | None, ...], str]]:
+def _differences(before: ir.Model, after: ir.Model) -> Iterator[tuple[tuple[str | None, ...], str]]:
     """Yields what differs: what it is called, and what it is in words."""
     yield from _fields("the model", (), before, after, _OF_MODEL)
     yield from _fields("the graph", (), before.graph, after.graph, ("doc_string", "metadata_props"))

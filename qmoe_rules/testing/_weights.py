@@ -1,7 +1,7 @@
 """Expert weights: a plain pattern, a seed, and a few corners that are put into it.
 
-Drawing every number would be slow, and would shrink slowly. So what is drawn is a short description,
-and the array follows from it.
+Drawing every number would be slow, and would shrink slowly. So what is drawn is a short
+description, and the array follows from it.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ def weight_designs(
     }
     kinds = [*_TAME, *(kind for kind, is_on in switched.items() if is_on)]
     largest = 7 if allow_extremes else 3
-    corners = st.builds(_corner, st.sampled_from(kinds), st.integers(0, 2**16 - 1), st.just(largest))
+    corners = st.builds(
+        _corner, st.sampled_from(kinds), st.integers(0, 2**16 - 1), st.just(largest)
+    )
     bases = ["steps", "normal", *(["patterns"] if allow_extremes and allow_subnormal else [])]
     return st.builds(
         WeightDesign,

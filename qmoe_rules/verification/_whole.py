@@ -24,6 +24,7 @@ __all__ = ["WholeRun", "given_feeds", "run_both"]
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
+
 @dataclass(frozen=True)
 class WholeRun:
     """What came of running both models.
