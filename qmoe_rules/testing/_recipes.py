@@ -68,7 +68,7 @@ def recipes(
     excludes = st.lists(patterns, max_size=2) if allow_excludes else st.just([])
 
     def of_target(target: str) -> SearchStrategy[Recipe]:
-        storage = st.sampled_from(storages[target])
+        storage = _storage(storages[target])
         overrides = st.lists(st.tuples(patterns, storage), max_size=2)
         return st.builds(
             _recipe,
@@ -81,6 +81,19 @@ def recipes(
 
     strategies = {target: of_target(target) for target in chosen if storages[target]}
     return st.sampled_from(list(strategies)).flatmap(strategies.__getitem__)
+
+
+def _storage(recipes: Sequence[Recipe]) -> SearchStrategy[Recipe]:
+    """Returns a strategy for one of some recipes, all formats being as likely."""
+    by_format: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        by_format.setdefault(recipe.format, []).append(recipe)
+    # Of numbers, because a strategy that prints hundreds of recipes cannot be read.
+    places = {
+        format: st.integers(0, len(group) - 1).map(group.__getitem__)
+        for format, group in by_format.items()
+    }
+    return st.sampled_from(list(places)).flatmap(places.__getitem__)
 
 
 def _recipe(
