@@ -29,7 +29,7 @@ from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.rules import apply_rules, relayout_qmoe_rules
-from qmoe_rules.verification._execution import captured_inputs, random_inputs
+from qmoe_rules.verification._execution import captured_inputs, random_inputs, relative_error
 from qmoe_rules.verification._tolerances import PROVIDERS, runs_on, tolerance_of
 from tests import expert_graphs
 from tests.conftest import MODELS
@@ -652,6 +652,15 @@ def test_captured_rows_that_tie_are_left_out() -> None:
     np.testing.assert_array_equal(found.x, [[2, 3], [6, 7]])
     assert captured_inputs(x, router[[0, 0, 2, 0]], 2, np.dtype(np.float32), 64) is None
     assert captured_inputs(x, router[:3], 2, np.dtype(np.float32), 64) is None
+
+
+def test_what_a_type_holds_only_as_subnormals_is_no_error() -> None:
+    half, zero = SCALE_DTYPES["float16"], np.zeros((2, 3))
+    small = np.full((2, 3), 6e-5)
+    assert relative_error(zero, small) == 1.0
+    assert relative_error(zero, small, half) == 0.0
+    assert relative_error(zero, 10 * small, half) > 0.8
+    assert relative_error(np.full((2, 3), np.nan), small, half) == float("inf")
 
 
 def test_every_kernel_path_has_a_tolerance_below_any_layout_bug() -> None:

@@ -119,7 +119,9 @@ class WeightDesign(Brief):
             weight = _finite_patterns(rng, shape, np.dtype(dtype))
         elif self.base == "normal":
             spread = np.exp2(rng.integers(-2, 3, (*shape[:-1], 1)))
-            weight = (rng.standard_normal(shape) * spread * unit / 4).astype(dtype)
+            wide = rng.standard_normal(shape) * spread * unit / 4
+            # None is so near to zero that float16 would have it as a subnormal.
+            weight = np.where(np.abs(wide) < unit / 512, 0.0, wide).astype(dtype)
         else:
             expert, row, column = np.indices(shape)
             mixed = 11 * expert + 7 * row + 5 * column + row * column + 3 * self.seed
