@@ -119,7 +119,7 @@ def finite_weights(spec: Spec) -> SearchStrategy[Weight]:
         step = int(np.lcm(step, spec.block_size))
     largest = max(200 // step, 1) * step
     shapes = expert_shapes(max_experts=1, max_rows=4, max_columns=largest, column_step=step)
-    return expert_weights(shapes).map(lambda weight: weight[0])
+    return expert_weights(shapes=shapes).map(lambda weight: weight[0])
 
 
 # The same bytes.

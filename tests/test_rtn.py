@@ -108,7 +108,7 @@ def nasty(dtype: DType) -> dict[str, Weight]:
 def finite_weights() -> SearchStrategy[Weight]:
     """Weights [N, K] of any finite numbers, with K a multiple of 32."""
     shapes = expert_shapes(max_experts=1, max_rows=3, max_columns=64, column_step=32)
-    return expert_weights(shapes).map(lambda weight: weight[0])
+    return expert_weights(shapes=shapes).map(lambda weight: weight[0])
 
 
 SMALL_SPECS = st.sampled_from([spec for spec in SPECS if spec.block_size <= 32])

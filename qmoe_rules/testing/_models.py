@@ -25,8 +25,6 @@ __all__ = ["model_designs", "moe_models", "moe_nodes"]
 _SIZES = (32, 64, 96, 128, 20)
 _OPSETS = (21, 13, 17, 18, 20, 22)
 _BFLOAT16_IN_SUBGRAPHS = 16  # the first opset whose If and Loop take it
-
-
 _PLAIN = ModelDesign()
 
 
@@ -34,7 +32,7 @@ def model_designs(
     *,
     runs_on: str | None = None,
     min_layers: int = 1,
-    max_layers: int = 2,
+    max_layers: int | None = None,
     max_experts: int = 4,
     dtypes: Collection[str] | None = None,
     forms: Collection[str] | None = None,
@@ -64,7 +62,7 @@ def model_designs(
             or `"webgpu"`, by the tables of `qmoe_rules.providers`. Otherwise the models are valid,
             and may be for no provider in particular.
         min_layers: The fewest layers.
-        max_layers: The most.
+        max_layers: The most; 2, or `min_layers`, where it is left out.
         max_experts: The largest E.
         dtypes: Activation types: float32, float16, bfloat16; all that `runs_on` has where they are
             left out, and so on.
@@ -96,6 +94,7 @@ def model_designs(
         _known("activations", activations, tuple(_flat(ACTIVATIONS.values()))),
         allow_biases,
     )
+    max_layers = max(min_layers, 2) if max_layers is None else max_layers
     _check_counts(min_layers, max_layers, max_experts)
     for name, sizes, least in (
         ("hidden_sizes", hidden_sizes, 1),

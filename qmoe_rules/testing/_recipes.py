@@ -57,6 +57,11 @@ def recipes(
     ):
         if isinstance(given, str) or not given or not {*given} <= {*known}:
             raise InvalidArgument(f"{name}={given!r}; it is a collection of {', '.join(known)}")
+    for method in methods:
+        try:
+            Recipe(method=method)
+        except ConfigError as error:
+            raise InvalidArgument(str(error)) from None
     storages = {
         target: tuple(each for each in _storages(target) if each.format in formats)
         for target in chosen

@@ -219,8 +219,8 @@ def weight_designs(
 
 
 def expert_weights(
-    shapes: SearchStrategy[Shape] | None = None,
     dtypes: SearchStrategy[np.dtype] | None = None,
+    shapes: SearchStrategy[Shape] | None = None,
     *,
     allow_extremes: bool = True,
     allow_subnormal: bool = True,
@@ -233,8 +233,8 @@ def expert_weights(
     signs, subnormals and extremes. They shrink to few small multiples of 1/16.
 
     Args:
-        shapes: The shapes (E, N, K); `expert_shapes()` where it is left out.
         dtypes: The types; `activation_dtypes()` where it is left out.
+        shapes: The shapes (E, N, K); `expert_shapes()` where it is left out.
         allow_extremes: Whether they may be as large and as small as their type holds; otherwise
             their size is about 1, with outliers up to 16.
         allow_subnormal: Whether they may have subnormal numbers.
@@ -242,7 +242,7 @@ def expert_weights(
         allow_nan: Whether they may have NaN.
 
     Example:
-        >>> weights = expert_weights(expert_shapes(max_columns=128, column_step=32))
+        >>> weights = expert_weights(shapes=expert_shapes(max_columns=128, column_step=32))
     """
     designs = weight_designs(
         allow_extremes=allow_extremes,
