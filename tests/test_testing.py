@@ -25,7 +25,12 @@ from qmoe_rules.overrides import matches
 from qmoe_rules.passes import prepare
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.recipe import Recipe
-from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules, qmoe_to_moe_rules
+from qmoe_rules.rules import (
+    apply_rules,
+    fuse_experts_rules,
+    moe_to_qmoe_rules,
+    qmoe_to_moe_rules,
+)
 from qmoe_rules.testing import (
     Corner,
     LayerDesign,
@@ -44,6 +49,7 @@ from qmoe_rules.testing import (
     recipes,
     weight_designs,
 )
+from tests import expert_graphs
 from tests.moe_models import Array, nodes_of, run, the_node
 
 FINDING = settings(
@@ -430,6 +436,21 @@ def test_a_change_of_what_a_float_model_computes_is_placed(form: str, dtype: str
         r"output y is 0\.\d+ off .* at \[\d+, 5\]: .*\n/layers.0/moe: constant l0_fc2 has other"
     )
     with pytest.raises(AssertionError, match=message):
+        assert_same_meaning(before, after)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_experts_that_were_spelled_out_are_compared_too(dtype: type) -> None:
+    before = expert_graphs.model(dtype=dtype)
+    after = before.clone()
+    apply_rules(after, fuse_experts_rules())
+    fc2 = ops.inputs(the_node(after, "MoE"))["fc2_experts_weights"]
+    assert fc2 is not None
+    assert_same_meaning(before, after)
+    assert_untouched(before, after)
+    assert_same_meaning(before, before)  # no MoE in either
+    initializer(after, str(fc2.name))[0] *= 1.5
+    with pytest.raises(AssertionError, match=r"output y is 0\.\d+ off what it was"):
         assert_same_meaning(before, after)
 
 

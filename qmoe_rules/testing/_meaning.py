@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.facts import constant_weights
 from qmoe_rules.feeds import complete, inputs_of, random_feeds
-from qmoe_rules.formats import FORMATS, Spec
+from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
 from qmoe_rules.passes import prepare
 from qmoe_rules.testing._evaluation import CPU, AnyModel, copied, evaluate, stored, write
 from qmoe_rules.verification import VerificationReport, verify
@@ -121,9 +121,11 @@ def _differences(
     first, second = found.outputs
     if list(first) != list(second):
         yield f"the outputs are {', '.join(second)}, and were {', '.join(first)}"
-    allowed = max(_tolerance(prepare(copied(each))) for each in (before, after))
+    nodes = max(_tolerance(prepare(copied(each))) for each in (before, after))
     for name in (name for name in first if name in second):
-        if text := _difference(first[name], second[name], allowed):
+        dtype = first[name].dtype.name
+        own = tolerance_of(CPU, _FLOAT, dtype).error if dtype in SCALE_DTYPES else 0.0
+        if text := _difference(first[name], second[name], max(nodes, own)):
             yield f"output {name} {text} (both computed by {found.where})"
 
 
@@ -150,8 +152,7 @@ def _difference(before: npt.NDArray[Any], after: npt.NDArray[Any], allowed: floa
 
 def _tolerance(model: ir.Model) -> float:
     """Returns how far the outputs of a model may be off: what its nodes may be, added up."""
-    found = [_node_tolerance(node) for node in ops.nodes(model, "MoE", "QMoE")]
-    return sum(found) if found else tolerance_of(CPU, _FLOAT, "float32").error
+    return sum(_node_tolerance(node) for node in ops.nodes(model, "MoE", "QMoE"))
 
 
 def _node_tolerance(node: ir.Node) -> float:
