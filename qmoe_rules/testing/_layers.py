@@ -112,9 +112,14 @@ def layers(choices: Choices, dtype: str) -> SearchStrategy[LayerDesign]:
         dtype: The activation type.
     """
     flags = st.booleans()
+    groups: dict[tuple[str, str], list[Kind]] = {}
+    for kind in choices.kinds:
+        if kind.dtype == dtype:
+            groups.setdefault((kind.form, kind.activation), []).append(kind)
     return st.builds(
         _layer,
-        kind=st.sampled_from([kind for kind in choices.kinds if kind.dtype == dtype]),
+        kinds=st.sampled_from(list(groups.values())),
+        biased=st.integers(0, len(_BIASES) - 1),
         scaled=st.sampled_from(_SCALED),
         experts=st.integers(1, choices.max_experts),
         k=st.integers(1, choices.max_experts),
@@ -130,8 +135,12 @@ def layers(choices: Choices, dtype: str) -> SearchStrategy[LayerDesign]:
     )
 
 
-def _layer(kind: Kind, scaled: tuple[float | None, ...], **fields: Any) -> LayerDesign:
+def _layer(
+    kinds: Sequence[Kind], biased: int, scaled: tuple[float | None, ...], **fields: Any
+) -> LayerDesign:
+    """Returns a layer of one of some kinds, which differ in their biases."""
     alpha, beta, limit = scaled
+    kind = kinds[min(biased, len(kinds) - 1)]
     return LayerDesign(
         activation=kind.activation,
         form=kind.form,
