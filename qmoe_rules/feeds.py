@@ -1,4 +1,4 @@
-"""What a model is run on: feeds, read from files and completed for the model.
+"""What a model is run on: feeds, read from files, made at random, and completed for the model.
 
 A feed is a dictionary of arrays by input name, as ONNX Runtime takes it. Data for a language model
 is mostly tokens; its other inputs (mask, positions, an empty cache) follow from them.
@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError, SourceError
 
-__all__ = ["TOKEN_DTYPES", "Feed", "Input", "complete", "inputs_of", "read_feeds"]
+__all__ = ["TOKEN_DTYPES", "Feed", "Input", "complete", "inputs_of", "random_feeds", "read_feeds"]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -27,6 +28,8 @@ TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
 """The types of the numbers in a raw token file."""
 
 _TOKENS, _EMBEDDINGS = "input_ids", "inputs_embeds"
+# What a token id may go through before it looks up a row.
+_THROUGH = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,31 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
             raise ConfigError(f"input {name!r} is {list(array.shape)}; the model wants [{shown}]")
         completed[name] = array.astype(wanted.dtype, copy=False)
     return completed
+
+
+def random_feeds(model: ir.Model, tokens: int, seed: int) -> Feed:
+    """Returns random inputs that fit a model's signature, one sequence of them.
+
+    Floating-point inputs are normally distributed; numbers that look up rows of a table are within
+    it; a mask, positions and an empty cache follow as in `complete`.
+
+    Args:
+        model: The model.
+        tokens: The length of the sequence, and of every dimension that is open and no batch.
+        seed: Of the random values.
+
+    Raises:
+        ConfigError: What an input should be does not follow from the model.
+        SourceError: An input is no tensor of numbers.
+    """
+    rng = np.random.default_rng(seed)
+    needed = inputs_of(model)
+    made = {}
+    for value in model.graph.inputs:
+        wanted = needed.get(str(value.name))
+        if wanted and (array := _random(value, wanted, tokens, rng)) is not None:
+            made[wanted.name] = array
+    return complete(made, needed, list(needed))
 
 
 def read_feeds(
@@ -214,3 +242,39 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(shape) == len(wanted) and all(
         size in (None, actual) for actual, size in zip(shape, wanted, strict=True)
     )
+
+
+def _random(value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generator) -> Array | None:
+    """Returns values for an input, None where they are unknown, or follow from others."""
+    name = str(value.name).lower()
+    if value.shape is None or value.dtype is None or name.startswith("past"):
+        return None
+    shape = [_size(size, tokens) for size in value.shape]
+    if value.dtype.is_floating_point():
+        return rng.standard_normal(shape).astype(wanted.dtype)
+    if wanted.dtype == np.bool_:
+        return np.asarray(rng.integers(0, 2, shape)).astype(np.bool_)
+    rows = None if "mask" in name or "position" in name else _rows(value)
+    return None if rows is None else rng.integers(0, rows, shape, wanted.dtype)
+
+
+def _size(size: int | ir.SymbolicDim, tokens: int) -> int:
+    """Returns a size for a dimension: one sequence of some tokens."""
+    if isinstance(size, int):
+        return size
+    return 1 if "batch" in str(size.value).lower() else tokens
+
+
+def _rows(value: ir.Value) -> int | None:
+    """Returns how many rows the tables have that a value looks up, None where it looks up none."""
+    sizes = []
+    pending, seen = [value], {value}
+    while pending:
+        for node, index in pending.pop().uses():
+            if node.op_type in _THROUGH and index == 0:
+                pending += [output for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
+            table = ops.static_shape(node.inputs[0]) if node.op_type == "Gather" else None
+            if index == 1 and table and table[0] and not node.attributes.get_int("axis", 0):
+                sizes.append(table[0])
+    return min(sizes, default=None)

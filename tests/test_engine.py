@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from hypothesis.strategies import SearchStrategy
 
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
@@ -30,6 +30,7 @@ from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers import engine
 from qmoe_rules.quantizers.floats import float_rtn_numpy
 from qmoe_rules.quantizers.rtn import rtn, rtn_numpy
+from qmoe_rules.testing import expert_shapes, expert_weights
 
 Weight = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
@@ -111,20 +112,14 @@ def every_finite_pattern(name: str) -> Weight:
     return finite.reshape(-1, 32)
 
 
-@st.composite
-def finite_weights(draw: st.DrawFn) -> tuple[Weight, Spec]:
-    """Weights made of any bit patterns but those of infinities and NaN, of many shapes."""
-    dtype, spec = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(SPECS))
+def finite_weights(spec: Spec) -> SearchStrategy[Weight]:
+    """Weights [N, K] of any finite numbers, of many shapes that a spec takes."""
     step = spec.format.codes_per_group
     if spec.block_size and not spec.format.square:
         step = int(np.lcm(step, spec.block_size))
-    columns = step * draw(st.integers(1, max(1, 200 // step)))
-    pattern = np.dtype(f"u{dtype.itemsize}")
-    bits = draw(hnp.arrays(pattern, (draw(st.integers(1, 4)), columns)))
-    infinity = np.array(np.inf, dtype).view(pattern)
-    lowest_exponent_bit = infinity & ~(infinity << 1)
-    bits = np.where(bits & infinity == infinity, bits ^ lowest_exponent_bit, bits)
-    return bits.view(dtype), spec
+    largest = max(200 // step, 1) * step
+    shapes = expert_shapes(max_experts=1, max_rows=4, max_columns=largest, column_step=step)
+    return expert_weights(shapes=shapes).map(lambda weight: weight[0])
 
 
 # The same bytes.
@@ -139,9 +134,9 @@ def test_the_engine_writes_what_numpy_does(dtype: np.dtype, seed: int) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(finite_weights())
-def test_the_engine_writes_what_numpy_does_of_any_patterns(drawn: tuple[Weight, Spec]) -> None:
-    weight, spec = drawn
+@given(st.data(), st.sampled_from(SPECS))
+def test_the_engine_writes_what_numpy_does_of_any_patterns(data: st.DataObject, spec: Spec) -> None:
+    weight = data.draw(finite_weights(spec))
     assert_same(rtn(weight, spec), in_numpy(weight, spec))
 
 
@@ -435,6 +430,7 @@ from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.quantizers import engine
 from qmoe_rules.quantizers.floats import float_rtn_numpy
 from qmoe_rules.quantizers.rtn import rtn, rtn_numpy
+from qmoe_rules.testing import expert_shapes, expert_weights
 patterns = np.arange(2**16, dtype=np.uint16).view(np.float16)
 weight = patterns[np.isfinite(patterns)].reshape(-1, 32)
 int8, fp8 = Spec(FORMATS["int8"], 32), Spec(FORMATS["fp8"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qmoe_rules.errors import ConfigError, SourceError
-from qmoe_rules.feeds import Input, complete, inputs_of, read_feeds
+from qmoe_rules.feeds import Input, complete, inputs_of, random_feeds, read_feeds
 from tests.moe_models import Array, Graph
 
 INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
@@ -210,3 +210,36 @@ def test_feeds_that_do_not_fit(
     with pytest.raises(ConfigError) as error:
         complete(feed, needed, needed)
     assert str(error.value).startswith(message)
+
+
+# Random feeds.
+
+
+def test_random_feeds_fit_the_signature() -> None:
+    graph = Graph()
+    ids = graph.input("input_ids", np.int64, ("batch", "sequence"))
+    graph.input("attention_mask", np.int64, ("batch", "total"))
+    graph.input("hidden", ml_dtypes.bfloat16, ("batch", "sequence", 8))
+    graph.input("flag", np.bool_, ())
+    table = graph.weight("table", np.ones((5, 8), np.float32))
+    y = graph.op("Gather", table, ids, out="y", like=table)
+    model = graph.model(y)
+    feeds = random_feeds(model, 40, seed=3)
+    assert feeds["input_ids"].shape == (1, 40)
+    assert set(feeds["input_ids"].ravel()) == set(range(5))
+    np.testing.assert_array_equal(feeds["attention_mask"], np.ones((1, 40)))
+    assert feeds["hidden"].shape == (1, 40, 8)
+    assert feeds["hidden"].dtype == np.float32
+    assert abs(feeds["hidden"].std() - 1) < 0.1
+    assert feeds["flag"].shape == ()
+    assert feeds["flag"].dtype == np.bool_
+    flags = {bool(random_feeds(model, 1, seed)["flag"]) for seed in range(20)}
+    assert flags == {True, False}
+
+
+def test_what_does_not_follow_is_not_made_up() -> None:
+    graph = Graph()
+    number = graph.input("number", np.int64, ("batch",))
+    y = graph.op("Neg", number, out="y", like=number)
+    with pytest.raises(ConfigError, match="input 'number' is missing"):
+        random_feeds(graph.model(y), 4, seed=0)

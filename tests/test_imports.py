@@ -64,6 +64,7 @@ EDGES = (
     "feeds",
     "calibration",
     "verification",
+    "testing",
 )
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "integrations", "cli", "__init__", "__main__")
 
@@ -151,7 +152,27 @@ def test_numbers_know_no_graph(module: Module) -> None:
 
 @each_module
 def test_the_runtime_is_imported_late(module: Module) -> None:
-    assert module.imported_packages(top_level=True).isdisjoint({"onnxruntime", "hypothesis"})
+    assert "onnxruntime" not in module.imported_packages(top_level=True)
+
+
+@each_module
+def test_only_testing_imports_hypothesis(module: Module) -> None:
+    assert "hypothesis" not in module.imported_packages() or module.room == "testing"
+
+
+@each_module
+def test_nothing_but_tests_needs_testing(module: Module) -> None:
+    assert "testing" not in module.imported_rooms() or module.room == "testing"
+
+
+def test_testing_says_what_it_needs() -> None:
+    """In a process without hypothesis."""
+    code = "import sys; sys.modules['hypothesis'] = None; import qmoe_rules.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: qmoe_rules.testing needs hypothesis; pip install 'qmoe-rules[testing]'"
+    )
 
 
 @each_module

@@ -23,6 +23,13 @@ from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
 from qmoe_rules.statistics import Statistics
+from qmoe_rules.testing import (
+    LayerDesign,
+    ModelDesign,
+    assert_same_meaning,
+    assert_valid,
+    build_model,
+)
 from tests.moe_models import (
     OPSETS,
     Array,
@@ -211,7 +218,7 @@ TAKEN: dict[str, tuple[Callable[[Graph, ir.Value, str], ir.Value], Callable[[Arr
 }
 
 
-@pytest.mark.parametrize("name", [*PLANNED, "val_0"])
+@pytest.mark.parametrize("name", [*PLANNED, "y_router_weights"])
 @pytest.mark.parametrize("by", TAKEN)
 def test_taken_names_keep_their_meaning(by: str, name: str) -> None:
     take, meaning = TAKEN[by]
@@ -229,7 +236,7 @@ def test_taken_names_keep_their_meaning(by: str, name: str) -> None:
     assert relative_error(actual, wanted(feeds | {"x": meaning(feeds["x"])})) <= EXACT
 
 
-@pytest.mark.parametrize("name", [*PLANNED, "val_0"])
+@pytest.mark.parametrize("name", [*PLANNED, "y_router_weights"])
 @pytest.mark.parametrize("own", [False, True], ids=["another node's", "the node's own"])
 def test_names_of_graph_outputs_never_change(own: bool, name: str) -> None:
     graph = Graph()
@@ -292,6 +299,21 @@ def test_nodes_in_both_bodies_of_an_if(
     for flag, k in ((True, 1), (False, 2)):
         actual = run(model, feeds | {"flag": np.array(flag)})[0]
         assert relative_error(actual, wanted(feeds, k=k)) <= EXACT
+
+
+def test_router_weights_in_a_body_and_around_it_have_their_own_names() -> None:
+    """A name that is in an outer graph may not be in a body of it."""
+    layers = tuple(LayerDesign(experts=3, k=2, normalize=0, place=p) for p in ("loop", "main"))
+    model = build_model(ModelDesign(layers=layers))
+    before = model.clone()
+    after = convert(model, target="cpu")
+    names = [
+        ops.inputs(node)["router_weights"].name  # type: ignore[union-attr]
+        for node in nodes_of(after, "QMoE")
+    ]
+    assert len(set(names)) == 2
+    assert_valid(after, runs_on="cpu")
+    assert_same_meaning(before, after)
 
 
 def test_weights_shared_with_a_skipped_body_stay() -> None:

@@ -15,7 +15,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnxscript.rewriter import MatchingTracer, RewriteRuleSet, rewrite
 
 from qmoe_rules import (
@@ -33,6 +32,7 @@ from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report
 from qmoe_rules.rules import apply_rules
 from qmoe_rules.slices import SlicedTensor
+from qmoe_rules.testing import moe_models
 from tests.moe_models import (
     SLOTS,
     Array,
@@ -188,29 +188,22 @@ def test_the_float_model_of_halves_runs() -> None:
 
 
 @given(
-    shape=st.tuples(*[st.integers(1, 5)] * 3),
-    form=st.sampled_from(["fc3", "halves"]),
-    seed=st.integers(0, 99),
+    moe_models(
+        forms=["fc3", "halves"],
+        hidden_sizes=range(1, 6),
+        inter_sizes=range(1, 6),
+        allow_functions=False,
+        allow_nodes_before_weights=False,
+    )
 )
 @settings(max_examples=50, deadline=None)
-def test_every_shape_is_interleaved(shape: tuple[int, int, int], form: str, seed: int) -> None:
-    experts, inter, hidden = shape
-    rng = np.random.default_rng(seed)
-    rows = inter * (1 if form == "fc3" else 2)
-    arrays = {
-        "fc1": rng.standard_normal((experts, rows, hidden)).astype(np.float32),
-        "fc2": rng.standard_normal((experts, hidden, inter)).astype(np.float32),
-        "fc1_bias": rng.standard_normal((experts, rows)).astype(np.float32),
-    }
-    if form == "fc3":
-        arrays["fc3"] = rng.standard_normal((experts, rows, hidden)).astype(np.float32)
-    graph = Graph()
-    x, router = inputs_of(graph, Experts(experts=experts, hidden=hidden))
-    attributes = attributes_of(form, "swiglu", k=1)
-    y = graph.moe(x, router, graph.weights(arrays), **attributes)
-    model = normalize(graph.model(y))
-    for name, array in constants(the_node(model, "MoE")).items():
-        np.testing.assert_array_equal(array, normal(arrays)[name])
+def test_every_shape_is_interleaved(model: ir.Model) -> None:
+    wanted = [normal(constants(node)) for node in nodes_of(model, "MoE")]
+    for node, arrays in zip(nodes_of(normalize(model), "MoE"), wanted, strict=True):
+        found = constants(node)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
 
 
 # --- What is written -----------------------------------------------------------------------------

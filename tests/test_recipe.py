@@ -20,6 +20,7 @@ from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import Override, Recipe
+from qmoe_rules.testing import recipes
 
 NODE = "/model/layers.0/moe/MoE"
 
@@ -755,20 +756,6 @@ def test_no_recipe_for_webgpu_or_trt_rtx_has_zero_points() -> None:
 # What a node that is refused would need.
 
 
-RECIPES = [
-    Recipe(**fields)
-    for names, choices in (
-        (
-            ("bits", "fc2_bits", "block_size", "symmetric", "layout", "target"),
-            ((2, 3, 4, 8), (None, 4), (None, 16, 32, 128), (True, False), (None, "cutlass_sm80")),
-        ),
-        (("format", "target"), (("mxfp4", "nvfp4", "fp8"),)),
-    )
-    for values in itertools.product(*choices, TARGETS)
-    if is_recipe(**(fields := dict(zip(names, values, strict=True))))
-]
-
-
 @st.composite
 def node_facts(draw: st.DrawFn) -> Facts:
     """What nodes are like, of sizes that some formats and kernels do not take."""
@@ -807,7 +794,7 @@ def neighbours(recipe: Recipe, count: int) -> Iterator[Recipe]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(RECIPES), node_facts())
+@given(recipes(allow_excludes=False, allow_overrides=False), node_facts())
 def test_advice_that_is_followed_removes_the_refusal(recipe: Recipe, facts: Facts) -> None:
     if recipe.refuse(facts) is None:
         return

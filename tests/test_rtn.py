@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from hypothesis.strategies import SearchStrategy
 from onnxruntime.capi._pybind_state import (
     quantize_matmul_2bits,
     quantize_matmul_4bits,
@@ -26,6 +27,7 @@ from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Format, Spec, pack, unpack
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers.engine import kernels
 from qmoe_rules.quantizers.rtn import rtn, rtn_numpy, smallest_scale
+from qmoe_rules.testing import expert_shapes, expert_weights
 
 Weight = npt.NDArray[np.generic]
 DType = np.dtype[np.generic]
@@ -103,24 +105,13 @@ def nasty(dtype: DType) -> dict[str, Weight]:
     return {name: weight.astype(dtype) for name, weight in found.items()}
 
 
-@st.composite
-def finite_weights(draw: st.DrawFn) -> tuple[Weight, Spec]:
-    """Weights made of any bit patterns but those of infinities and NaN."""
-    dtype = draw(st.sampled_from(DTYPES))
-    spec = draw(st.sampled_from([spec for spec in SPECS if spec.block_size <= 32]))
-    pattern = np.dtype(f"u{dtype.itemsize}")
-    infinity = np.array(np.inf, dtype).view(pattern)
-    sign = 1 << (8 * dtype.itemsize - 1)
-    extremes = [0, 1, int(infinity) - 1]
-    elements = st.one_of(
-        st.integers(0, 2 * sign - 1),
-        st.sampled_from([*extremes, *(sign | bits for bits in extremes)]),
-    )
-    shape = (draw(st.integers(1, 3)), 32 * draw(st.integers(1, 2)))
-    bits = draw(hnp.arrays(pattern, shape, elements=elements))
-    lowest_exponent_bit = infinity & ~(infinity << 1)
-    bits = np.where(bits & infinity == infinity, bits ^ lowest_exponent_bit, bits)
-    return bits.view(dtype), spec
+def finite_weights() -> SearchStrategy[Weight]:
+    """Weights [N, K] of any finite numbers, with K a multiple of 32."""
+    shapes = expert_shapes(max_experts=1, max_rows=3, max_columns=64, column_step=32)
+    return expert_weights(shapes=shapes).map(lambda weight: weight[0])
+
+
+SMALL_SPECS = st.sampled_from([spec for spec in SPECS if spec.block_size <= 32])
 
 
 # The two engines.
@@ -135,11 +126,10 @@ def test_the_engines_write_the_same_bytes(name: str, dtype: DType) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(finite_weights())
+@given(finite_weights(), SMALL_SPECS)
 def test_the_engines_write_the_same_bytes_for_any_finite_patterns(
-    drawn: tuple[Weight, Spec],
+    weight: Weight, spec: Spec
 ) -> None:
-    weight, spec = drawn
     assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
 
 
@@ -216,11 +206,10 @@ def test_scales_and_codes_meet_the_definition(engine: Engine, name: str, dtype: 
 
 @each_engine
 @settings(max_examples=100, deadline=None)
-@given(drawn=finite_weights())
+@given(weight=finite_weights(), spec=SMALL_SPECS)
 def test_any_finite_patterns_meet_the_definition(
-    engine: Engine, drawn: tuple[Weight, Spec]
+    engine: Engine, weight: Weight, spec: Spec
 ) -> None:
-    weight, spec = drawn
     assert_meets_the_definition(engine(weight, spec), weight)
 
 

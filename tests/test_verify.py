@@ -29,7 +29,8 @@ from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.rules import apply_rules, relayout_qmoe_rules
-from qmoe_rules.verification._execution import captured_inputs, random_inputs
+from qmoe_rules.testing import LayerDesign, ModelDesign, WeightDesign, build_model
+from qmoe_rules.verification._execution import captured_inputs, random_inputs, relative_error
 from qmoe_rules.verification._tolerances import PROVIDERS, runs_on, tolerance_of
 from tests import expert_graphs
 from tests.conftest import MODELS
@@ -654,6 +655,15 @@ def test_captured_rows_that_tie_are_left_out() -> None:
     assert captured_inputs(x, router[:3], 2, np.dtype(np.float32), 64) is None
 
 
+def test_what_a_type_holds_only_as_subnormals_is_no_error() -> None:
+    half, zero = SCALE_DTYPES["float16"], np.zeros((2, 3))
+    small = np.full((2, 3), 6e-5)
+    assert relative_error(zero, small) == 1.0
+    assert relative_error(zero, small, half) == 0.0
+    assert relative_error(zero, 10 * small, half) > 0.8
+    assert relative_error(np.full((2, 3), np.nan), small, half) == float("inf")
+
+
 def test_every_kernel_path_has_a_tolerance_below_any_layout_bug() -> None:
     for provider, target in PROVIDERS.items():
         for name, kernel in TARGETS[target].providers[0].kernels.items():
@@ -673,6 +683,21 @@ def test_a_lower_accuracy_level_has_its_own_tolerance(tmp_path: Path) -> None:
     first, second = report.nodes
     assert (first.tolerance, second.tolerance) == (2.5e-2, 1e-5)
     assert (first.execution_error or 0) > 1e-3
+
+
+@pytest.mark.parametrize("seed", [0, 6])
+def test_searched_mxfp4_is_less_exact_than_its_weights_on_the_cpu(
+    seed: int, tmp_path: Path
+) -> None:
+    """Its experts have scales of their own, which the CPU rounds; round to nearest has none."""
+    weights = WeightDesign(base="normal", seed=seed)
+    layer = LayerDesign(experts=2, k=2, activation="swiglu", form="interleaved", weights=weights)
+    before = saved(build_model(ModelDesign(layers=(layer,), hidden=64)), tmp_path / "before")
+    for method, least in (("rtn", 0.0), ("search", 1e-3)):
+        fields = {"format": "mxfp4", "target": "cpu", "method": method}
+        report = checked(before, converted(before, tmp_path / method, **fields))
+        assert report.passed, report
+        assert (report.nodes[0].execution_error or 0) >= least
 
 
 def test_what_cuda_hands_to_the_cpu_is_judged_as_the_cpu() -> None:

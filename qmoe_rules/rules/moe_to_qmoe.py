@@ -138,7 +138,10 @@ class MoEToQMoE(RewriteRuleClassBase):
         honoured = recipe.provider_target.reads_normalize(recipe.specs)
         if not conversion.moe.attributes["normalize_routing_weights"] and not honoured:
             # The CPU's integers are always renormalized over the top-k, unless it has the weights.
-            inputs["router_weights"] = op.Softmax(given["router_probs"], axis=-1)
+            # The rewriter's own names are those of one graph, and may be taken in an outer one.
+            inputs["router_weights"] = op.Softmax(
+                given["router_probs"], axis=-1, _outputs=[f"{moe.name}_router_weights"]
+            )
         quantized: ir.Value = op.QMoE(
             *ops.slots("QMoE", inputs),
             _domain=ops.DOMAIN,

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy.typing as npt
 
 from qmoe_rules import ops
-from qmoe_rules.errors import ConfigError
+from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.feeds import Feed, random_feeds
 from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.verification._comparison import Comparison
 from qmoe_rules.verification._conversion import Captured, Settings, obstacle
@@ -27,7 +28,7 @@ from qmoe_rules.verification._report import (
     VerificationReport,
 )
 from qmoe_rules.verification._runtime import check_provider
-from qmoe_rules.verification._whole import WholeRun, given_feeds, random_feeds, run_both
+from qmoe_rules.verification._whole import WholeRun, given_feeds, run_both
 
 __all__ = [
     "Failure",
@@ -97,7 +98,7 @@ def verify(
     names = [_names(pair, first, second) if given else None for pair in found]
     run = WholeRun("not asked for")
     if feeds is not None or whole_model:
-        made = random_feeds(first.model, tokens, seed) if feeds is None else feeds
+        made = _random(first, tokens, seed) if feeds is None else feeds
         reasons = (obstacle(pair, provider) for pair in found)
         reason = next((each for each in reasons if each), None)
         if isinstance(made, str):
@@ -114,6 +115,14 @@ def verify(
         failures.insert(0, Failure("pairing", "the converted model has no QMoE"))
     told = run.told or f"ran on {'the given' if given else 'random'} inputs"
     return VerificationReport(provider, nodes, (*failures, *run.failures), run.outputs, told)
+
+
+def _random(source: Source, tokens: int, seed: int) -> Feed | str:
+    """Returns random inputs for a model, or why they cannot be made."""
+    try:
+        return random_feeds(source.model, tokens, seed)
+    except (ConfigError, SourceError) as error:
+        return f"{error}; give inputs"
 
 
 Names = tuple[int, tuple[str, str]]

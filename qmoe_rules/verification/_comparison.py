@@ -19,7 +19,7 @@ from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.slices import SlicedTensor
 
-__all__ = ["Comparison", "Difference"]
+__all__ = ["Comparison", "Difference", "ancestors"]
 
 Values = Sequence[ir.Value | None]
 
@@ -46,6 +46,8 @@ class Comparison:
     Attributes:
         differences: What was found so far.
         met: The MoE and QMoE nodes of the float model, and those found in their places.
+        values: The values of the float model, and those found in their places.
+        nodes: The other nodes, and those found in their places.
     """
 
     def __init__(self, before: ir.Model, after: ir.Model) -> None:
@@ -61,8 +63,8 @@ class Comparison:
         self.differences: list[Difference] = []
         self.met: dict[ir.Node, ir.Node] = {}
         self._functions = (before.functions, after.functions)
-        self._values: set[tuple[ir.Value, ir.Value]] = set()
-        self._nodes: set[tuple[ir.Node, ir.Node]] = set()
+        self.values: set[tuple[ir.Value, ir.Value]] = set()
+        self.nodes: set[tuple[ir.Node, ir.Node]] = set()
         self._pending: list[tuple[ir.Value, ir.Value]] = []
         self._anchor = before.graph.outputs[0]
         self._graphs(before.graph, after.graph)
@@ -82,7 +84,7 @@ class Comparison:
         """
         if not self.differences:
             return []
-        region = _ancestors(*values) - _ancestors(without)
+        region = ancestors(*values) - ancestors(without)
         taken = [each for each in self.differences if each.at in region]
         self.differences = [each for each in self.differences if each.at not in region]
         return taken
@@ -100,9 +102,9 @@ class Comparison:
             self.walk(a, b)
 
     def _value(self, a: ir.Value, b: ir.Value) -> None:
-        if (a, b) in self._values:
+        if (a, b) in self.values:
             return
-        self._values.add((a, b))
+        self.values.add((a, b))
         first, second = (ir.convenience.get_const_tensor(value) for value in (a, b))
         overridable = a.is_graph_input(), b.is_graph_input()
         if overridable[0] != overridable[1] or (all(overridable) and a.name != b.name):
@@ -122,8 +124,8 @@ class Comparison:
             return
         if a.index() != b.index():
             self._differ(a, f"output {a.index()} of {ops.label(x)}", f"output {b.index()}")
-        elif (x, y) not in self._nodes:
-            self._nodes.add((x, y))
+        elif (x, y) not in self.nodes:
+            self.nodes.add((x, y))
             self._node(a, x, y)
 
     def _node(self, at: ir.Value, x: ir.Node, y: ir.Node) -> None:
@@ -178,14 +180,14 @@ class Comparison:
 
     def _body(self, before: ir.Graph, after: ir.Graph) -> None:
         """Compares two subgraphs or functions; their inputs correspond by position."""
-        self._values |= set(zip(before.inputs, after.inputs, strict=False))
+        self.values |= set(zip(before.inputs, after.inputs, strict=False))
         self._pending += list(zip(before.outputs, after.outputs, strict=False))
 
     def _differ(self, at: ir.Value, before: str, after: str) -> None:
         self.differences.append(Difference(at, f"{before}, and {after} in the converted model"))
 
 
-def _ancestors(*values: ir.Value | None) -> set[ir.Value]:
+def ancestors(*values: ir.Value | None) -> set[ir.Value]:
     """Returns values and everything that they are computed from."""
     found: set[ir.Value] = set()
     pending = [value for value in values if value is not None]

@@ -208,7 +208,7 @@ def _computed(
     except RunError as refusal:
         return result.failing(Failure("execution", f"{provider}: {refusal}"))
     path = conversion.tolerance(provider)
-    error = execution.relative_error(actual, expected)
+    error = execution.relative_error(actual, expected, conversion.dtype)
     result = replace(result, execution_error=error, tolerance=path.error)
     if error <= path.error:
         return result

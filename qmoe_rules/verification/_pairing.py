@@ -16,7 +16,7 @@ from qmoe_rules.providers import TARGETS
 from qmoe_rules.report import Report
 from qmoe_rules.rules import apply_rules, fuse_experts_rules, normalize_moe_rules
 
-__all__ = ["Pair", "Source", "pairs"]
+__all__ = ["Pair", "Source", "comparable", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Source:
 
     Attributes:
         path: The .onnx file.
-        model: The model: functions that hold a MoE are inlined, experts that are spelled out are
-            fused, and the gate and linear rows of fc1 interleaved.
+        model: The model, in the form that `comparable` brings it to.
         names: The values of the main graph that the file has too, and what it calls them.
     """
 
@@ -63,16 +62,25 @@ class Source:
         model = load(file)
         values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
         names = {value: value.name for value in values if value.name}
-        prepare(model)
-        # Which experts of MatMulNBits are fused depends on the target, and it is not known here.
-        targets = TARGETS if any(ops.nodes(model, "MatMulNBits")) else ("portable",)
-        for target in targets:
-            rules = [
-                *fuse_experts_rules(report=Report(), target=target),
-                *normalize_moe_rules(report=Report()),
-            ]
-            apply_rules(model, rules)
-        return cls(file, model, names)
+        return cls(file, comparable(model), names)
+
+
+def comparable(model: ir.Model) -> ir.Model:
+    """Brings a model, in place, to the form in which both models are compared.
+
+    Functions that hold a MoE are inlined, experts that are spelled out are fused, and the gate and
+    linear rows of fc1 interleaved.
+    """
+    prepare(model)
+    # Which experts of MatMulNBits are fused depends on the target, and it is not known here.
+    targets = TARGETS if any(ops.nodes(model, "MatMulNBits")) else ("portable",)
+    for target in targets:
+        rules = [
+            *fuse_experts_rules(report=Report(), target=target),
+            *normalize_moe_rules(report=Report()),
+        ]
+        apply_rules(model, rules)
+    return model
 
 
 def pairs(before: ir.Model, after: ir.Model, met: Mapping[ir.Node, ir.Node]) -> list[Pair]:

@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qmoe_rules import ops
-from qmoe_rules.errors import ConfigError, SourceError
 from qmoe_rules.feeds import complete, inputs_of
 from qmoe_rules.loading import data_files
 from qmoe_rules.report import human_bytes
@@ -21,13 +19,10 @@ from qmoe_rules.verification._pairing import Source
 from qmoe_rules.verification._report import Failure, OutputResult
 from qmoe_rules.verification._runtime import RunError, run_file
 
-__all__ = ["WholeRun", "given_feeds", "random_feeds", "run_both"]
+__all__ = ["WholeRun", "given_feeds", "run_both"]
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
-
-# What a token id may go through before it looks up a row.
-_THROUGH = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -56,26 +51,6 @@ def given_feeds(model: ir.Model, inputs: Mapping[str, npt.ArrayLike]) -> Arrays:
     """
     needed = inputs_of(model)
     return complete(inputs, needed, list(needed))
-
-
-def random_feeds(model: ir.Model, tokens: int, seed: int) -> Arrays | str:
-    """Returns random inputs that fit a model's signature, or why they cannot be made.
-
-    Args:
-        model: The model.
-        tokens: The length of its sequence.
-        seed: Of the random values.
-    """
-    rng = np.random.default_rng(seed)
-    try:
-        needed = inputs_of(model)
-        made = {}
-        for value in model.graph.inputs:
-            if value.name in needed and (array := _random(value, tokens, rng)) is not None:
-                made[str(value.name)] = array
-        return complete(made, needed, list(needed))
-    except (ConfigError, SourceError) as error:
-        return f"{error}; give inputs"
 
 
 def run_both(
@@ -129,40 +104,6 @@ def _too_large(source: Source) -> str | None:
     if size <= memory:
         return None
     return f"its {human_bytes(size)} do not fit in {human_bytes(memory)} of memory"
-
-
-def _random(value: ir.Value, tokens: int, rng: np.random.Generator) -> Array | None:
-    """Returns values for an input, None where they are unknown, or follow from others."""
-    name = str(value.name).lower()
-    if value.shape is None or value.dtype is None or name.startswith("past"):
-        return None
-    shape = [_size(size, tokens) for size in value.shape]
-    if value.dtype.is_floating_point():
-        return rng.standard_normal(shape).astype(value.dtype.numpy())
-    rows = None if "mask" in name or "position" in name else _rows(value)
-    return None if rows is None else rng.integers(0, rows, shape, value.dtype.numpy())
-
-
-def _size(size: int | ir.SymbolicDim, tokens: int) -> int:
-    """Returns a size for a dimension: one sequence of some tokens."""
-    if isinstance(size, int):
-        return size
-    return 1 if "batch" in str(size.value).lower() else tokens
-
-
-def _rows(value: ir.Value) -> int | None:
-    """Returns how many rows the tables have that a value looks up, None where it looks up none."""
-    sizes = []
-    pending, seen = [value], {value}
-    while pending:
-        for node, index in pending.pop().uses():
-            if node.op_type in _THROUGH and index == 0:
-                pending += [output for output in node.outputs if output not in seen]
-                seen.update(node.outputs)
-            table = ops.static_shape(node.inputs[0]) if node.op_type == "Gather" else None
-            if index == 1 and table and table[0] and not node.attributes.get_int("axis", 0):
-                sizes.append(table[0])
-    return min(sizes, default=None)
 
 
 def _compared(name: str, expected: Array, actual: Array) -> OutputResult:
