@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor
 from qmoe_rules.slices import SlicedTensor
+from qmoe_rules.soundness import defects
 
 __all__ = ["Source", "data_files", "load", "locate"]
+
+_LARGEST = 1 << 31  # bytes of an .onnx file, which protobuf cannot exceed
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,15 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             outside the model's folder or too short.
     """
     path = Path(path)
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        model = ir.serde.deserialize_model(proto)
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {_reason(error)}") from error
-    except Exception as error:  # whatever a parser says about bytes that are no model
-        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
-    if not model.graph.outputs:
+    proto = _parsed(path)
+    if not proto.graph.output:
         raise SourceError(f"{path} is not an ONNX model: its graph has no outputs")
+    for defect in defects(proto):
+        raise SourceError(f"{path} is not an ONNX model: {defect}")
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # whatever a parser says about what is no model
+        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
     if _has_sparse_initializer(proto.graph):
         raise SourceError(f"{path} has sparse initializers, which onnx-ir would lose")
     # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
@@ -85,6 +89,22 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         files.resolved_file(tensor)
         _check_extent(tensor)
     return model
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise SourceError(f"cannot read {path}: it is no regular file")
+        if status.st_size > _LARGEST:
+            raise SourceError(f"{path} is not an ONNX model: it is larger than 2 GB")
+        return onnx.load(path, load_external_data=False)
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {_reason(error)}") from error
+    except Exception as error:  # whatever a parser says about bytes that are no model
+        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
 
 
 def data_files(model: ir.Model) -> set[Path]:

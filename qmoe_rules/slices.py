@@ -41,11 +41,13 @@ class Slices(ABC):
         shape: The sizes of all axes.
         dtype: The element type, as numpy has it.
         is_view: Whether reading costs nothing, however much is read.
+        pieces: How many reads of tensors it takes to read everything.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     is_view: bool = False
+    pieces: int = 1
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Array:
@@ -136,6 +138,7 @@ class Combined(Slices):
         self.shape = tuple(shape)
         self.dtype = dtype
         self.is_view = is_view
+        self.pieces = sum(source.pieces for source in sources)
         self._sources = tuple(sources)
         self._function = function
 
@@ -161,6 +164,7 @@ class Joined(Slices):
         self._sources = tuple(sources)
         self.shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
         self.dtype = sources[0].dtype
+        self.pieces = sum(source.pieces for source in sources)
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -200,6 +204,7 @@ class Picked(Slices):
         self.shape = (stop - start, *source.shape[1:])
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -223,6 +228,7 @@ class Lifted(Slices):
         self.shape = (1, *source.shape)
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -247,6 +253,7 @@ class Unlifted(Slices):
         self.shape = source.shape[1:]
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -271,6 +278,7 @@ class Regrouped(Slices):
         self.shape = (groups, self._size, *source.shape[1:])
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:

@@ -55,6 +55,7 @@ EDGES = (
     "extents",
     "journal",
     "writing",
+    "soundness",
     "loading",
     "staging",
     "saving",
