@@ -65,9 +65,7 @@ def resolved_file(tensor: ir.ExternalTensor) -> Path:
             "folder; copy them into it"
         )
     if status is not None and not stat.S_ISREG(status.st_mode):  # a pipe may never end
-        raise SourceError(
-            f"tensor {tensor.name!r}: its external data {file} are no regular file"
-        )
+        raise SourceError(f"tensor {tensor.name!r}: its external data {file} are no regular file")
     if status is not None and status.st_nlink > 1:
         raise SourceError(
             f"tensor {tensor.name!r}: its external data {file} have several hard links, which may "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -54,7 +55,9 @@ def locate(path: str | os.PathLike[str]) -> Source:
         return Source(given / "model.onnx", given)
     found = sorted(given.glob("*.onnx"))
     if len(found) != 1:
-        nested = ", ".join(str(p.relative_to(given)) for p in sorted(given.glob("**/*.onnx"))[:5])
+        deeper = (found, given.glob("*/*.onnx"), given.glob("*/*/*.onnx"))
+        named = itertools.islice(itertools.chain.from_iterable(deeper), 5)
+        nested = ", ".join(sorted(str(path.relative_to(given)) for path in named))
         hint = f"name one of {nested}" if nested else "name a folder that holds an .onnx file"
         raise SourceError(f"{given} holds {len(found)} .onnx files, not one; {hint}")
     return Source(found[0], given)
@@ -67,8 +70,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         path: The .onnx file. Its external data stay where they are, mapped on demand.
 
     Raises:
-        SourceError: The file is missing, is not an ONNX model, or its external data are missing,
-            outside the model's folder or too short.
+        SourceError: The file is missing, is not a sound ONNX model, or its external data are
+            missing, outside the model's folder or too short.
     """
     path = Path(path)
     proto = _parsed(path)
@@ -78,6 +81,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise SourceError(f"{path} is not an ONNX model: {defect}")
     try:
         model = ir.serde.deserialize_model(proto)
+        model.graph.sort()  # which keeps the order of a model that is in order, as it should be
     except Exception as error:  # whatever a parser says about what is no model
         raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
     if _has_sparse_initializer(proto.graph):

@@ -45,10 +45,9 @@ def _inline(model: ir.Model) -> bool:
     if holders:
         try:
             InlinePass(criteria=lambda function: function.identifier() in holders)(model)
-        except ir.passes.PassError as error:
-            reason = error.__cause__ or error
+        except (ir.passes.PassError, KeyError, ValueError) as error:
             raise SourceError(
-                f"the functions that hold a MoE cannot be inlined: {reason or type(reason).__name__}"
+                f"the functions that hold a MoE cannot be inlined: {error.__cause__ or error}"
             ) from error
     return bool(holders)
 

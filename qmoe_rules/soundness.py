@@ -89,7 +89,11 @@ def _node(node: onnx.NodeProto, opset: int) -> Generator[str, None, _Reads]:
         yield from _misuse(node, opset)
     reads = dict.fromkeys(node.input, label)
     for attribute in node.attribute:
-        tensors = itertools.chain([attribute.t] if attribute.HasField("t") else (), attribute.tensors)
+        if attribute.type == onnx.AttributeProto.UNDEFINED:
+            yield f"{label}: attribute {attribute.name!r} has no type"
+        tensors = itertools.chain(
+            [attribute.t] if attribute.HasField("t") else (), attribute.tensors
+        )
         for tensor in tensors:
             yield from _tensor(tensor)
         bodies = itertools.chain([attribute.g] if attribute.HasField("g") else (), attribute.graphs)
@@ -110,6 +114,10 @@ def _misuse(node: onnx.NodeProto, opset: int) -> Iterator[str]:
     ):
         if not least <= len(given) <= most:
             yield f"{_label(node)} has {len(given)} {what}; {node.op_type} has {least} to {most}"
+    given = {attribute.name for attribute in node.attribute}
+    for name, wanted in schema.attributes.items():
+        if wanted.required and name not in given:
+            yield f"{_label(node)} lacks the attribute {name}"
     for attribute in node.attribute:
         known = schema.attributes.get(attribute.name)
         if known is not None and attribute.type != known.type.value:
@@ -208,9 +216,7 @@ def _called(node: onnx.NodeProto) -> tuple[str, str, str]:
 
 def _in_order(made: Mapping[str, int], needs: Sequence[_Reads]) -> bool:
     """Returns whether every node comes behind those that it reads from."""
-    return all(
-        made.get(name, -1) < index for index, reads in enumerate(needs) for name in reads
-    )
+    return all(made.get(name, -1) < index for index, reads in enumerate(needs) for name in reads)
 
 
 def _cycle(

@@ -108,7 +108,7 @@ def resolve(value: ir.Value) -> Slices | str:
         The slices, or the reason why the value is not such a constant.
     """
     slices = _resolved(value, {})
-    if isinstance(slices, str):
+    if isinstance(slices, str) or value.producer() is None:
         return slices
     stored = sum({id(tensor): tensor.nbytes for tensor in slices.tensors}.values())
     if slices.nbytes > _MOST_REPEATS * stored:

@@ -27,7 +27,10 @@ MEMORY = 1 << 30
 """Bytes that a run may take, beyond what the imported libraries do."""
 _ADDRESSES = 3 << 30  # every thread reserves far more addresses than it uses
 
-_CHANGES = ("os.", "shutil.")
+_CHANGES = frozenset(
+    f"os.{name}"
+    for name in "chmod chown link mkdir remove rename rmdir setxattr symlink truncate utime".split()
+)
 _STRANGE = ("socket.", "subprocess.", "os.exec", "os.fork", "os.system", "os.posix_spawn")
 
 
@@ -90,7 +93,10 @@ class Sandbox:
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        request = {"arguments": [os.fsdecode(str(each)) for each in arguments], "folder": str(folder)}
+        request = {
+            "arguments": [os.fsdecode(str(each)) for each in arguments],
+            "folder": str(folder),
+        }
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Outcome(**json.loads(self._server.stdout.readline()))
@@ -204,11 +210,11 @@ def _watch(log: int) -> None:
             note("changed" if given[2] & writes else "read", os.path.abspath(given[0]))
         elif event.startswith(_STRANGE):
             note("strange", f"{event} {given}")
-        elif event.startswith(_CHANGES) and event not in ("os.listdir", "os.scandir"):
+        elif event in _CHANGES:
             inside = "."
             if event in ("os.remove", "os.rmdir") and given[1] >= 0:
                 inside = os.readlink(f"/proc/self/fd/{given[1]}")
-            for path in given[:2]:
+            for path in given[1:2] if event == "os.symlink" else given[:2]:
                 if isinstance(path, (str, bytes, os.PathLike)):
                     note("changed", os.path.abspath(os.path.join(inside, os.fsdecode(path))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ __all__ = ["WholeRun", "given_feeds", "random_feeds", "run_both"]
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
+
+# In an input that is made up; more than that is better given.
+_MOST_NUMBERS = 1 << 26
 
 # What a token id may go through before it looks up a row.
 _THROUGH = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
@@ -137,6 +141,8 @@ def _random(value: ir.Value, tokens: int, rng: np.random.Generator) -> Array | N
     if value.shape is None or value.dtype is None or name.startswith("past"):
         return None
     shape = [_size(size, tokens) for size in value.shape]
+    if math.prod(shape) > _MOST_NUMBERS:
+        raise ConfigError(f"input {value.name} has {math.prod(shape):.3g} numbers")
     if value.dtype.is_floating_point():
         return rng.standard_normal(shape).astype(value.dtype.numpy())
     rows = None if "mask" in name or "position" in name else _rows(value)
