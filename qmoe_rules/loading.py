@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from qmoe_rules.lazy import PlannedTensor
 from qmoe_rules.slices import SlicedTensor
 from qmoe_rules.soundness import defects
 
-__all__ = ["Source", "data_files", "load", "locate"]
+__all__ = ["Files", "Source", "data_files", "load", "locate"]
 
+_FILES = "qmoe_rules.files"
 _LARGEST = 1 << 31  # bytes of an .onnx file, which protobuf cannot exceed
 
 
@@ -34,6 +35,43 @@ class Source:
 
     model: Path
     folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data files of a model, as they were when it was loaded.
+
+    Attributes:
+        states: Size, time of the last change and number of every file, by its resolved path; None
+            for one that is not there.
+    """
+
+    states: Mapping[Path, tuple[int, int, int] | None]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Files:
+        """Returns the files that the model's tensors still read from.
+
+        Those of a model that `load` did not load are taken as they are now.
+        """
+        known = model.meta.get(_FILES, cls({})).states
+        return cls(
+            {file: known[file] if file in known else _state(file) for file in data_files(model)}
+        )
+
+    def refuse_changes(self) -> None:
+        """Raises SourceError where a file is not what it was: what was read may be of both."""
+        for file, state in self.states.items():
+            if _state(file) != state:
+                raise SourceError(f"{file} has changed while it was read; nothing was written")
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def locate(path: str | os.PathLike[str]) -> Source:
@@ -92,6 +130,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     for tensor in _external_tensors(model):
         files.resolved_file(tensor)
         _check_extent(tensor)
+    model.meta[_FILES] = Files.of(model)
     return model
 
 

@@ -300,7 +300,12 @@ class Calibration:
         return found
 
     def _tensor(self, node: str, projection: str, part: str) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = self._slice(node, projection, part)[...]
+        from safetensors import SafetensorError
+
+        try:
+            array: npt.NDArray[Any] = self._slice(node, projection, part)[...]
+        except SafetensorError as error:  # of a tensor without numbers
+            raise self._broken(f"{node}/{projection}/{part}: {error}") from error
         if not np.isfinite(array).all():
             raise self._broken(f"{node}/{projection}/{part} holds an infinity or a NaN")
         return array
