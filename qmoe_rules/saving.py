@@ -21,6 +21,7 @@ from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in, undisturbed
 from qmoe_rules.journal import Journal, fingerprint
 from qmoe_rules.loading import Files, data_files
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.staging import Staging, naming_errors, resolved
 from qmoe_rules.writing import Progress, write_data
 
@@ -162,7 +163,8 @@ def write_model(
 
 
 def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> None:
-    with Journal(folder) if options.resume else nullcontext() as journal:
+    journals = Journal(folder) if options.resume else nullcontext()
+    with told_when_lost(), journals as journal:
         write_data(
             extents,
             folder,

@@ -7,6 +7,7 @@ transposed, split, concatenated or one matrix per expert is still read one exper
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -110,7 +111,8 @@ class TensorSlices(Slices):
         if isinstance(self._tensor, ir.ExternalTensor):
             size = self._tensor.nbytes // max(self.shape[0], 1)
             offset = self._tensor.offset or 0
-            files.drop_pages(self._tensor, offset + start * size, offset + stop * size)
+            with contextlib.suppress(OSError, ValueError):  # what is gone has no pages
+                files.drop_pages(self._tensor, offset + start * size, offset + stop * size)
 
     def _array(self) -> Array:
         if isinstance(self._tensor, ir.ExternalTensor):

@@ -91,15 +91,16 @@ class Sandbox:
             *arguments: The arguments.
             folder: Where the run may put temporary files.
         """
+        return self.together([arguments], folder)[0]
+
+    def together(self, runs: Sequence[Sequence[object]], folder: Path) -> list[Outcome]:
+        """Runs `qmoe` several times at once, each with its arguments."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        request = {
-            "arguments": [os.fsdecode(str(each)) for each in arguments],
-            "folder": str(folder),
-        }
-        self._server.stdin.write(json.dumps(request) + "\n")
+        texts = [[os.fsdecode(str(each)) for each in arguments] for arguments in runs]
+        self._server.stdin.write(json.dumps({"runs": texts, "folder": str(folder)}) + "\n")
         self._server.stdin.flush()
-        return Outcome(**json.loads(self._server.stdout.readline()))
+        return [Outcome(**each) for each in json.loads(self._server.stdout.readline())]
 
 
 @contextmanager
@@ -142,29 +143,32 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         folder = Path(request["folder"])
-        streams = [folder / name for name in (".stdout", ".stderr", ".events")]
-        child = os.fork()
-        if not child:
-            _run(request["arguments"], folder, *streams)
-        _, status, usage = os.wait4(child, 0)
-        stdout, stderr, events = (
-            path.read_text("utf-8", "surrogateescape") if path.exists() else "" for path in streams
-        )
-        for path in streams:
-            path.unlink(missing_ok=True)
-        seen: dict[str, list[str]] = {"read": [], "changed": [], "strange": []}
-        for each in events.splitlines():
-            kind, what = json.loads(each)
-            seen[kind].append(what)
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        answer = Outcome(
-            os.waitstatus_to_exitcode(status),
-            stdout,
-            stderr,
-            memory=max(usage.ru_maxrss - own, 0) * 1024,
-            **seen,
-        )
-        print(json.dumps(vars(answer)), flush=True)  # noqa: T201
+        children = []
+        for number, arguments in enumerate(request["runs"]):
+            streams = [folder / f".{number}-{name}" for name in ("stdout", "stderr", "events")]
+            child = os.fork()
+            if not child:
+                _run(arguments, folder, *streams)
+            children.append((child, streams))
+        outcomes = [vars(_outcome(child, streams)) for child, streams in children]
+        print(json.dumps(outcomes), flush=True)  # noqa: T201
+
+
+def _outcome(child: int, streams: Sequence[Path]) -> Outcome:
+    """Waits for a child to end."""
+    _, status, usage = os.wait4(child, 0)
+    stdout, stderr, events = (
+        path.read_text("utf-8", "surrogateescape") if path.exists() else "" for path in streams
+    )
+    for path in streams:
+        path.unlink(missing_ok=True)
+    seen: dict[str, list[str]] = {"read": [], "changed": [], "strange": []}
+    for each in events.splitlines():
+        kind, what = json.loads(each)
+        seen[kind].append(what)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = max(usage.ru_maxrss - own, 0) * 1024
+    return Outcome(os.waitstatus_to_exitcode(status), stdout, stderr, memory=memory, **seen)
 
 
 def _run(arguments: Sequence[str], folder: Path, *streams: Path) -> None:

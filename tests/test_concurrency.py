@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ import pytest
 from onnxscript import rewriter
 
 from qmoe_rules import Report, fuse_experts_rules, moe_to_qmoe_rules, normalize_moe_rules, save
+from tests.sandbox import Sandbox
 from tests.saves import OPTIONS, RECIPE, copied, planned, snapshot, tensors
 
-QMOE = (sys.executable, "-m", "qmoe_rules.cli", "quantize")
 OVERTAKEN = "another save has written it by now"
 
 
@@ -28,12 +27,6 @@ def eager() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*QMOE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
@@ -51,13 +44,14 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 # Processes.
 
 
-def test_one_source_may_be_quantized_to_two_places_at_once(tiny_fp16: Path, tmp_path: Path) -> None:
+def test_one_source_may_be_quantized_to_two_places_at_once(
+    sandbox: Sandbox, tiny_fp16: Path, tmp_path: Path
+) -> None:
     source = copied(tiny_fp16, tmp_path / "source").parent
     before = snapshot(source)
-    running = [start(source, tmp_path / name, *OPTIONS) for name in ("one", "two")]
-    for process in running:
-        _, err = process.communicate()
-        assert (process.returncode, err) == (0, "")
+    runs = [("quantize", source, tmp_path / name, *OPTIONS) for name in ("one", "two")]
+    for outcome in sandbox.together(runs, tmp_path):
+        assert (outcome.status, outcome.stderr) == (0, "")
     save(planned(tiny_fp16), tmp_path / "expected" / "model.onnx")
     for name in ("one", "two"):
         assert snapshot(tmp_path / name) == snapshot(tmp_path / "expected")
@@ -69,32 +63,39 @@ def test_one_source_may_be_quantized_to_two_places_at_once(tiny_fp16: Path, tmp_
     [
         (False, 2),
         (True, 2),
-        *(pytest.param(exists, 4, marks=pytest.mark.slow) for exists in [False, True] * 5),
+        *(pytest.param(exists, 4, marks=pytest.mark.slow) for exists in [False, True] * 20),
     ],
 )
 def test_one_destination_is_whole_whoever_comes_last(
-    tiny_fp16: Path, tmp_path: Path, exists: bool, count: int
+    sandbox: Sandbox, tiny_fp16: Path, tmp_path: Path, exists: bool, count: int
 ) -> None:
     out = tmp_path / "out"
     if exists:
         save(planned(tiny_fp16, bits=8), out / "model.onnx")
-    widths = [4, 8, 2, 3][:count]
-    running = [start(tiny_fp16.parent, out, "--block-size", 32, "--bits", b) for b in widths]
-    statuses = []
-    for process in running:
-        _, err = process.communicate()
-        statuses.append(process.returncode)
-        assert err == "" if process.returncode == 0 else OVERTAKEN in err
-    assert set(statuses) <= {0, 2}
-    assert 0 in statuses
+    recipes = [
+        {"bits": 4},
+        {"bits": 8},
+        {"bits": 4, "block_size": 32},
+        {"bits": 8, "block_size": 64},
+    ]
+    runs = [("quantize", tiny_fp16.parent, out, *_options(recipe)) for recipe in recipes[:count]]
+    outcomes = sandbox.together(runs, tmp_path)
+    for outcome in outcomes:
+        assert outcome.status in (0, 2)
+        assert outcome.stderr == "" if outcome.status == 0 else OVERTAKEN in outcome.stderr
+    assert 0 in [outcome.status for outcome in outcomes]
     found = tensors(out / "model.onnx")
     wanted = []
-    for bits in widths:
-        save(planned(tiny_fp16, bits=bits, block_size=32), tmp_path / f"{bits}" / "model.onnx")
-        wanted.append(tensors(tmp_path / f"{bits}" / "model.onnx"))
+    for index, recipe in enumerate(recipes[:count]):
+        save(planned(tiny_fp16, **recipe), tmp_path / f"{index}" / "model.onnx")
+        wanted.append(tensors(tmp_path / f"{index}" / "model.onnx"))
     assert found in wanted
     assert len(snapshot(out)) == 2  # the model and its data: nothing of those that were replaced
     assert not list(tmp_path.rglob(".qmoe-*"))
+
+
+def _options(recipe: dict[str, int]) -> list[object]:
+    return [each for name, n in recipe.items() for each in (f"--{name.replace('_', '-')}", n)]
 
 
 # Threads.

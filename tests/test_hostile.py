@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,6 @@ from qmoe_rules.loading import load
 from qmoe_rules.statistics import Calibration
 from tests.hostile import CASES, Case, good_model
 from tests.sandbox import MEMORY, Outcome, Sandbox, opened_in
-
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="the sandbox asks Linux to keep the limits"
-)
 
 # What a terminal obeys, or shows in another place: controls, separators of lines, directions.
 _OBEYED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -43,12 +38,6 @@ EACH = pytest.mark.parametrize(
         for case in CASES
     ],
 )
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

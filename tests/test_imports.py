@@ -54,6 +54,7 @@ EDGES = (
     "installed",
     "extents",
     "journal",
+    "mappings",
     "writing",
     "soundness",
     "loading",

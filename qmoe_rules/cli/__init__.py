@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; those of the process where it is left out.
     """
-    arguments = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding
     try:
+        arguments = parser().parse_args(argv)
         with _logging(), _interrupting_on_sigterm():
             status: int = arguments.run(arguments)
         if sys.stdout is not None:
