@@ -57,7 +57,8 @@ def resolved_file(tensor: ir.ExternalTensor) -> Path:
         status = file.stat() if file.exists() else None
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name of no file
         raise SourceError(
-            f"tensor {tensor.name!r}: its external data {tensor.location!r} can be in no file: {error}"
+            f"tensor {tensor.name!r}: its external data {tensor.location!r} can be in no file: "
+            f"{error}"
         ) from error
     if tensor.base_dir and Path(tensor.base_dir).resolve() not in file.parents:
         raise SourceError(

@@ -69,7 +69,6 @@ if sys.platform == "linux" and sys.maxsize > 1 << 32:
 
     # The signal strikes in the middle of a loop over numbers, in the thread that reads: there it
     # is safe to run Python, unlike in handlers of signals that come from elsewhere.
-    @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
     def _replace_page(number: int, info: int, _context: int) -> None:
         address = ctypes.c_void_p.from_address(info + _ADDRESS).value or 0
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
@@ -78,12 +77,15 @@ if sys.platform == "linux" and sys.maxsize > 1 << 32:
         if _libc.mmap(start, mmap.PAGESIZE, mmap.PROT_READ, flags, -1, 0) != start:
             signal.signal(number, signal.SIG_DFL)
 
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_replace_page)
+
     def _install(guarded: bool) -> None:
         if not guarded:
             _libc.sigaction(signal.SIGBUS, ctypes.byref(_previous), None)
             return
-        handler = ctypes.cast(_replace_page, ctypes.c_void_p).value
-        action = _Action(handler, flags=0x40000004)  # SA_SIGINFO, SA_NODEFER
+        action = _Action(
+            ctypes.cast(_handler, ctypes.c_void_p).value, flags=0x40000004
+        )  # SA_SIGINFO, SA_NODEFER
         _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_previous))
 
 else:

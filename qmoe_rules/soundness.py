@@ -12,6 +12,7 @@ import graphlib
 import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -108,24 +109,25 @@ def _misuse(node: onnx.NodeProto, opset: int) -> Iterator[str]:
     schema = _schema(node.op_type, opset)
     if schema is None:
         return
-    for what, given, least, most in (
-        ("inputs", node.input, schema.min_input, schema.max_input),
-        ("outputs", node.output, schema.min_output, schema.max_output),
+    for what, count, least, most in (
+        ("inputs", len(node.input), schema.min_input, schema.max_input),
+        ("outputs", len(node.output), schema.min_output, schema.max_output),
     ):
-        if not least <= len(given) <= most:
-            yield f"{_label(node)} has {len(given)} {what}; {node.op_type} has {least} to {most}"
+        if not least <= count <= most:
+            yield f"{_label(node)} has {count} {what}; {node.op_type} has {least} to {most}"
     given = {attribute.name for attribute in node.attribute}
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in given:
             yield f"{_label(node)} lacks the attribute {name}"
     for attribute in node.attribute:
         known = schema.attributes.get(attribute.name)
-        if known is not None and attribute.type != known.type.value:
+        wanted_type: Any = None if known is None else known.type
+        if known is not None and attribute.type != wanted_type.value:
             kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
-            yield f"{_label(node)}: attribute {attribute.name} is {kind}, not {known.type.name}"
+            yield f"{_label(node)}: attribute {attribute.name} is {kind}, not {wanted_type.name}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
     try:
         return onnx.defs.get_schema(op_type, opset)

@@ -272,7 +272,6 @@ else:
             return False
         return True
 
-
     @contextlib.contextmanager
     def _alone_in(folder: Path) -> Iterator[None]:
         """Lets one save at a time put its files into a folder, and find out what they replace."""

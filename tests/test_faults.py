@@ -31,7 +31,7 @@ def source(tiny_fp32: Path, tmp_path: Path) -> Path:
 
 def halfway(act: Callable[[], object]) -> Progress:
     """Returns a progress callback that does something once, when half of a save is done."""
-    done = []
+    done: list[object] = []
 
     def progress(written: int, total: int) -> None:
         if 2 * written > total and not done:

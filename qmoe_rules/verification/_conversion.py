@@ -196,8 +196,8 @@ def _computed(
         exact, expected = conversion.expected(inputs)
     except SourceError:
         raise
-    except ValueError as reason:  # attributes that no provider takes
-        return result.failing(Failure("execution", f"the reference cannot compute it: {reason}"))
+    except ValueError as refusal:  # attributes that no provider takes
+        return result.failing(Failure("execution", f"the reference cannot compute it: {refusal}"))
     error = execution.relative_error(expected, exact)
     result = replace(result, output_error=error, inputs=inputs.origin)
     if not np.isfinite(expected).all():
