@@ -160,7 +160,7 @@ def _tensor(tensor: onnx.TensorProto) -> Iterator[str]:
     count = math.prod(dims)
     nbytes = count if is_string else -(-count * dtype.bitwidth // 8)
     if min(dims, default=0) < 0 or nbytes >= 1 << 63:
-        yield f"{label} has the shape {_shown(dims)}"
+        yield f"{label} has the shape {_shown(dims)}, which no tensor can have"
         return
     if external:
         for entry in tensor.external_data:
@@ -200,8 +200,8 @@ def _calls(proto: onnx.ModelProto) -> Iterator[str]:
     nodes = [*_all_nodes(proto.graph.node)]
     written = len(nodes) + sum(map(len, inside.values()))
     size = len(nodes) + sum(sizes.get(_called(node), 0) for node in nodes)
-    if size > max(_MOST_NODES, _MOST_TIMES * written):
-        yield f"its functions call one another until {written} nodes have become {size:.3g}"
+    if size > (most := max(_MOST_NODES, _MOST_TIMES * written)):
+        yield f"its functions call one another until {written} nodes are more than {most}"
 
 
 def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

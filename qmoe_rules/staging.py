@@ -123,8 +123,8 @@ class Staging:
             if not self.destination.exists():
                 self._appear()
                 return
-        with _alone_in(self.destination):
-            self._replace(last)
+            with _alone_in(self.destination):
+                self._replace(last)
 
     def _appear(self) -> None:
         """Makes the destination in one step."""

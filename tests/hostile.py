@@ -308,21 +308,22 @@ def _data_that_are_a_folder(folder: Path) -> None:
     (folder / "model.onnx.data").mkdir()
 
 
-for name, location in {
-    "empty": "",
-    "dot": ".",
-    "dots": "..",
-    "root": "/",
-    "nul": "model.onnx.data\0",
-    "very long": "x" * 100_000,
-    "very deep": "x/" * 2000,
-    "escape": "\x1b[2J\x1b]0;title\x07.data",
-    "two lines": "a\nqmoe: all is well\nb",
-    "surrogate": "\udcff",
-    "url": "http://localhost/model.onnx.data",
-}.items():
+LOCATIONS = {
+    "empty": ("", OUTSIDE),
+    "dot": (".", OUTSIDE),
+    "dots": ("..", OUTSIDE),
+    "root": ("/", OUTSIDE),
+    "nul": ("model.onnx.data\0", "can be in no file"),
+    "very long": ("x" * 100_000, "can be in no file"),
+    "very deep": ("x/" * 2000, "cannot read its external data"),
+    "escape": ("\x1b[2J\x1b]0;title\x07.data", "No such file"),
+    "two lines": ("a\nqmoe: all is well\nb", "No such file"),
+    "surrogate": ("\udcff", "not UTF-8"),
+    "url": ("http://localhost/model.onnx.data", "No such file"),
+}
+for name, (location, message) in LOCATIONS.items():
 
-    @case(".", f"location: {name}")
+    @case(message, f"location: {name}")
     def _located(folder: Path, location: str = location) -> None:
         proto = onnx.load(folder / "model.onnx", load_external_data=False)
         marker = "L0CATI0N"
@@ -345,6 +346,7 @@ for name, location in {
 
 # Sizes that lie.
 
+LIE = "non-negative|truncated|cannot hold|invalid literal|integer string conversion"
 LIES: dict[str, dict[str, Any]] = {
     "negative offset": {"offset": -1},
     "negative offset into another tensor": {"offset": -4096},
@@ -361,7 +363,7 @@ LIES: dict[str, dict[str, Any]] = {
 }
 for name, lie in LIES.items():
 
-    @proto_case(".", name)
+    @proto_case(LIE, name)
     def _spoiled(proto: ModelProto, entries: dict[str, Any] = lie) -> None:
         place(proto, **entries)
 
@@ -377,6 +379,7 @@ def _offset_that_is_not_aligned(proto: ModelProto) -> None:
     place(proto, "fc1", offset=32_769, location="zeros.data")
 
 
+SHAPE = "no tensor can have|its shape asks for|cannot hold"
 for name, dims in {
     "2^40": [1 << 40, 64, 64],
     "product of 2^64": [1 << 32, 1 << 32, 1],
@@ -391,7 +394,7 @@ for name, dims in {
     for where in ("external", "inline", "typed"):
 
         @proto_case(
-            None if name.startswith("more") or (name, where) == ("many", "external") else ".",
+            None if name.startswith("more") or (name, where) == ("many", "external") else SHAPE,
             f"dims: {name}, {where}",
             rare=where == "typed",
         )
@@ -426,7 +429,7 @@ for name, dims in {
             proto.graph.value_info.remove(info)
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _inline_tensor_of_fewer_bytes(proto: ModelProto) -> None:
     tensor = tensor_of(proto)
     tensor.ClearField("data_location")
@@ -434,7 +437,7 @@ def _inline_tensor_of_fewer_bytes(proto: ModelProto) -> None:
     tensor.raw_data = bytes(100)
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _inline_tensor_of_more_bytes(proto: ModelProto) -> None:
     tensor = tensor_of(proto)
     tensor.ClearField("data_location")
@@ -442,19 +445,19 @@ def _inline_tensor_of_more_bytes(proto: ModelProto) -> None:
     tensor.raw_data = bytes(2 * 64 * 64 * 4 + 1)
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _inline_tensor_of_nothing(proto: ModelProto) -> None:
     tensor = tensor_of(proto)
     tensor.ClearField("data_location")
     del tensor.external_data[:]
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _small_tensor_of_nothing(proto: ModelProto) -> None:
     proto.graph.initializer.append(TensorProto(name="small", data_type=1, dims=[4]))
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _constant_of_2_to_the_40(proto: ModelProto) -> None:
     tensor = TensorProto(name="value", data_type=1, dims=[1 << 40])
     proto.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=tensor))
@@ -465,19 +468,21 @@ def _both_inline_and_external(proto: ModelProto) -> None:
     tensor_of(proto).raw_data = bytes(8)
 
 
-@proto_case(".", "neither type nor data")
+@proto_case("element type UNDEFINED", "neither type nor data")
 def _undefined(proto: ModelProto) -> None:
     proto.graph.initializer.append(TensorProto(name="nothing"))
 
 
 for kind in (0, 8, 9, 14, 15, 21, 22, 77, -1):
 
-    @proto_case(None if kind in (9, 21, 22) else ".", f"weights of type {kind}")
+    @proto_case(
+        None if kind in (9, 21, 22) else "element type|cannot hold", f"weights of type {kind}"
+    )
     def _typed(proto: ModelProto, kind: int = kind) -> None:
         tensor_of(proto).data_type = kind
 
 
-@proto_case(".")
+@proto_case("STRING in a file")
 def _string_tensor_in_a_file(proto: ModelProto) -> None:
     tensor = TensorProto(name="s", data_type=TensorProto.STRING, dims=[4])
     tensor.data_location = TensorProto.EXTERNAL
@@ -485,7 +490,7 @@ def _string_tensor_in_a_file(proto: ModelProto) -> None:
     proto.graph.initializer.append(tensor)
 
 
-@proto_case(".")
+@proto_case("its shape asks for")
 def _typed_data_of_another_type(proto: ModelProto) -> None:
     tensor = tensor_of(proto)
     tensor.ClearField("data_location")
@@ -535,7 +540,7 @@ for name, text in NAMES.items():
     def _named_computed(proto: ModelProto, text: str = text) -> None:
         behind(proto, [helper.make_node("Abs", ["fc1"], [text], name=text)], text)
 
-    @proto_case(".", f"tensor that is not there named: {name}", rare=rare)
+    @proto_case("tensor '", f"tensor that is not there named: {name}", rare=rare)
     def _named_missing(proto: ModelProto, text: str = text) -> None:
         place(proto, length=4)
         tensor_of(proto).name = text
@@ -568,7 +573,7 @@ def _models_named_by_an_escape(folder: Path) -> None:
     (folder / "second\x9b2J.onnx").write_bytes(b"")
 
 
-@proto_case(".")
+@proto_case("not UTF-8")
 def _name_that_is_no_utf8(proto: ModelProto) -> None:
     raw = proto.SerializeToString().replace(b"\x1a\x03moe", b"\x1a\x03m\xffe")
     proto.ParseFromString(raw)
@@ -603,17 +608,17 @@ def _two_inputs_of_one_name(proto: ModelProto) -> None:
     proto.graph.input.append(proto.graph.input[0])
 
 
-@proto_case(".")
+@proto_case("has no name")
 def _initializer_without_a_name(proto: ModelProto) -> None:
     proto.graph.initializer.append(helper.make_tensor("", TensorProto.FLOAT, [100], [0.5] * 100))
 
 
-@proto_case(".")
+@proto_case("has no name")
 def _input_without_a_name(proto: ModelProto) -> None:
     proto.graph.input.append(helper.make_tensor_value_info("", TensorProto.FLOAT, [1]))
 
 
-@proto_case(".")
+@proto_case("'nobody', which nothing computes")
 def _output_that_nobody_computes(proto: ModelProto) -> None:
     proto.graph.output.append(helper.make_tensor_value_info("nobody", TensorProto.FLOAT, [1]))
 
@@ -639,7 +644,7 @@ def _names_that_are_wanted_for_new_values(proto: ModelProto) -> None:
         proto.graph.output.append(helper.make_tensor_value_info(f"kept{index}", 1, [1]))
 
 
-@proto_case(".")
+@proto_case("no outputs")
 def _no_graph(proto: ModelProto) -> None:
     proto.ClearField("graph")
 
@@ -692,7 +697,7 @@ def _attribute_that_is_a_graph(proto: ModelProto) -> None:
     set_attribute(proto, "k", helper.make_graph([], "k", [], []))
 
 
-@proto_case(".")
+@proto_case("an attribute twice: k")
 def _attribute_that_is_there_twice(proto: ModelProto) -> None:
     moe_of(proto).attribute.extend([helper.make_attribute("k", 1), helper.make_attribute("k", 2)])
 
@@ -756,12 +761,12 @@ def _huge_input(proto: ModelProto) -> None:
 # Cycles, depth and repetition.
 
 
-@proto_case(".")
+@proto_case("what they compute themselves")
 def _node_that_reads_itself(proto: ModelProto) -> None:
     behind(proto, [helper.make_node("Identity", ["a"], ["a"])], "a")
 
 
-@proto_case(".")
+@proto_case("what they compute themselves")
 def _two_nodes_that_read_each_other(proto: ModelProto) -> None:
     nodes = [
         helper.make_node("Identity", ["b"], ["a"]),
@@ -770,7 +775,7 @@ def _two_nodes_that_read_each_other(proto: ModelProto) -> None:
     behind(proto, nodes, "a")
 
 
-@proto_case(".")
+@proto_case("what they compute themselves")
 def _moe_that_reads_itself(proto: ModelProto) -> None:
     moe_of(proto).input[0] = "y"
 
@@ -892,6 +897,11 @@ def _functions_that_call_functions_twice(proto: ModelProto) -> None:
     functions(proto, 40, 2)
 
 
+@proto_case("call one another")
+def _many_functions_that_call_functions_twice(proto: ModelProto) -> None:
+    functions(proto, 1200, 2)
+
+
 @proto_case(None)
 def _functions_that_call_functions(proto: ModelProto) -> None:
     functions(proto, 200, 1)
@@ -919,26 +929,26 @@ def _function_that_calls_itself_without_a_moe(proto: ModelProto) -> None:
     proto.opset_import.append(helper.make_opsetid("local", 1))
 
 
-@proto_case(".")
+@proto_case("cannot be inlined: Opset mismatch")
 def _function_of_another_opset(proto: ModelProto) -> None:
     functions(proto, 1, 1)
     proto.functions[0].opset_import[0].version = 11
 
 
-@proto_case(".")
+@proto_case("cannot be inlined: Input mismatch")
 def _function_that_is_called_with_more_than_it_takes(proto: ModelProto) -> None:
     functions(proto, 1, 1)
     call = next(node for node in proto.graph.node if node.domain == "local")
     call.input.extend(["x"] * 5)
 
 
-@proto_case(".")
+@proto_case("'nothing', which nothing computes")
 def _function_that_returns_what_it_does_not_have(proto: ModelProto) -> None:
     functions(proto, 1, 1)
     proto.functions[0].output[0] = "nothing"
 
 
-@proto_case(".")
+@proto_case("two functions are named")
 def _two_functions_of_one_name(proto: ModelProto) -> None:
     functions(proto, 1, 1)
     proto.functions.append(proto.functions[0])

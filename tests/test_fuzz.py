@@ -135,7 +135,9 @@ def _harm_bytes(data: bytes, draw: Any) -> bytes:
     how = draw(st.sampled_from([*between, "cut"]))
     if how == "cut":
         return data[:start]
-    return data[:start] + between[how] + data[start + 1 if how == "flip" else stop :]
+    rest: bytes = data[start + 1 if how == "flip" else stop :]
+    changed: bytes = data[:start] + between[how] + rest
+    return changed
 
 
 @st.composite
@@ -150,9 +152,10 @@ def harmed(draw: Any, data: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         _harm(proto, draw)
     try:
-        return proto.SerializeToString()
+        changed: bytes = proto.SerializeToString()
     except (DecodeError, ValueError):
         return data
+    return changed
 
 
 def _run(
