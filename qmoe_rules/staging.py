@@ -139,26 +139,25 @@ class Staging:
 
     def _replace(self, last: str) -> None:
         """Puts the files in place one after the other."""
-        with naming_errors(self.destination):
-            files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
-            moves = {file: self.destination / file.relative_to(self.path) for file in files}
-            for target in moves.values():
-                self._refuse_obstacle(target)
-            final = moves.pop(self.path / last)
-            obsolete = self.obsolete()
-            with contextlib.ExitStack() as undo:
-                for name, file in self.exclusive.items():
-                    self._claim(name, file, undo)
-                for file, target in moves.items():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    file.replace(target)
-                # From here on nothing is taken back: the new model may be in place.
-                put_back = undo.pop_all()
-            try:
-                (self.path / last).replace(final)
-            except OSError:
-                put_back.close()
-                raise
+        files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
+        moves = {file: self.destination / file.relative_to(self.path) for file in files}
+        for target in moves.values():
+            self._refuse_obstacle(target)
+        final = moves.pop(self.path / last)
+        obsolete = self.obsolete()
+        with contextlib.ExitStack() as undo:
+            for name, file in self.exclusive.items():
+                self._claim(name, file, undo)
+            for file, target in moves.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+            # From here on nothing is taken back: the new model may be in place.
+            put_back = undo.pop_all()
+        try:
+            (self.path / last).replace(final)
+        except OSError:
+            put_back.close()
+            raise
         for file in obsolete:
             with contextlib.suppress(OSError):
                 file.unlink()

@@ -314,7 +314,7 @@ LOCATIONS = {
     "dots": ("..", OUTSIDE),
     "root": ("/", OUTSIDE),
     "nul": ("model.onnx.data\0", "can be in no file"),
-    "very long": ("x" * 100_000, "can be in no file"),
+    "very long": ("x" * 100_000, "its external data 'xxx"),
     "very deep": ("x/" * 2000, "cannot read its external data"),
     "escape": ("\x1b[2J\x1b]0;title\x07.data", "No such file"),
     "two lines": ("a\nqmoe: all is well\nb", "No such file"),
@@ -863,7 +863,9 @@ def _subgraphs_as_deep_as_can_be(proto: ModelProto) -> None:
     for depth in range(24):
         info = helper.make_tensor_value_info("inner", 1, None)
         body = helper.make_graph([node], f"body{depth}", [], [info])
-        node = helper.make_node("If", ["yes"], ["inner"], then_branch=body)
+        other = helper.make_node("Identity", ["x"], ["inner"])
+        short = helper.make_graph([other], "short", [], [info])
+        node = helper.make_node("If", ["yes"], ["inner"], then_branch=body, else_branch=short)
     proto.graph.node.append(node)
 
 

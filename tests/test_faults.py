@@ -248,7 +248,7 @@ sys.exit(main(arguments))
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_source_that_is_cut_off_under_the_kernels_is_no_crash(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
