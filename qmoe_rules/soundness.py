@@ -90,7 +90,7 @@ def _node(node: onnx.NodeProto, opset: int) -> Generator[str, None, _Reads]:
         yield from _misuse(node, opset)
     reads = dict.fromkeys(node.input, label)
     for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.UNDEFINED:
+        if not (attribute.type or attribute.ref_attr_name):
             yield f"{label}: attribute {attribute.name!r} has no type"
         tensors = itertools.chain(
             [attribute.t] if attribute.HasField("t") else (), attribute.tensors
