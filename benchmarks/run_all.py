@@ -30,6 +30,7 @@ class Bench:
 
 BENCHES = {
     "bench_engine": Bench(small=("--quick", "--repeats", "1")),
+    "bench_methods": Bench(small=("--experts", "2", "--hidden", "256", "--inter", "128")),
     "bench_file": Bench(small=("--gb", "1.2", "--rounds", "1"), writes=True),
     "bench_memory": Bench(small=("--gb", "1.2"), writes=True),
     "bench_plan": Bench(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,10 @@ import onnx_ir as ir
 from qmoe_rules import files, ops
 from qmoe_rules.lazy import PlannedTensor
 
-__all__ = ["Extent", "data_names", "is_data_name", "lay_out", "standing_in"]
+__all__ = ["Extent", "data_names", "is_data_name", "lay_out", "standing_in", "undisturbed"]
+
+undisturbed = threading.RLock()
+"""Held while tensors stand for others, and by whoever must not see that: two threads may save."""
 
 # Smaller tensors stay in the .onnx file, as `onnx_ir.save` does it.
 _THRESHOLD_BYTES = 256

@@ -6,6 +6,7 @@ is mostly tokens; its other inputs (mask, positions, an empty cache) follow from
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Feed = dict[str, Array]
 TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
 """The types of the numbers in a raw token file."""
 
+# In an input that is made up; more than that is better given.
+_MOST_NUMBERS = 1 << 26
 _TOKENS, _EMBEDDINGS = "input_ids", "inputs_embeds"
 # What a token id may go through before it looks up a row.
 _THROUGH = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
@@ -250,6 +253,8 @@ def _random(value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generato
     if value.shape is None or value.dtype is None or name.startswith("past"):
         return None
     shape = [_size(size, tokens) for size in value.shape]
+    if math.prod(shape) > _MOST_NUMBERS:
+        raise ConfigError(f"input {value.name} has {math.prod(shape):.3g} numbers")
     if value.dtype.is_floating_point():
         return rng.standard_normal(shape).astype(wanted.dtype)
     if wanted.dtype == np.bool_:

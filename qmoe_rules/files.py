@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import threading
 import weakref
 from collections import OrderedDict
@@ -48,15 +49,25 @@ def resolved_file(tensor: ir.ExternalTensor) -> Path:
     """Returns the file of an external tensor, which is in the model's folder and only there.
 
     Raises:
-        SourceError: It lies elsewhere, or has several hard links, which may lead elsewhere.
+        SourceError: It lies elsewhere, is no regular file, or has several hard links, which may
+            lead elsewhere.
     """
-    file = Path(tensor.path).resolve()
+    try:
+        file = Path(tensor.path).resolve()
+        status = file.stat() if file.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name of no file
+        raise SourceError(
+            f"tensor {tensor.name!r}: its external data {tensor.location!r} can be in no file: "
+            f"{error}"
+        ) from error
     if tensor.base_dir and Path(tensor.base_dir).resolve() not in file.parents:
         raise SourceError(
             f"tensor {tensor.name!r}: its external data {tensor.location} lie outside the model's "
             "folder; copy them into it"
         )
-    if file.exists() and file.stat().st_nlink > 1:
+    if status is not None and not stat.S_ISREG(status.st_mode):  # a pipe may never end
+        raise SourceError(f"tensor {tensor.name!r}: its external data {file} are no regular file")
+    if status is not None and status.st_nlink > 1:
         raise SourceError(
             f"tensor {tensor.name!r}: its external data {file} have several hard links, which may "
             "lead outside the model's folder; copy the file"

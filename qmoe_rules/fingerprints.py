@@ -69,9 +69,12 @@ def refuse_calibration(calibration: Calibration, name: str, moe: FloatMoE) -> st
 
     Raises:
         ConfigError: The calibration is of another model.
-        SourceError: The weights cannot be read.
+        SourceError: The weights cannot be read, or the calibration is broken.
     """
     if name not in calibration.fingerprints:
         return f"calibration {calibration.path.name} has no node {name}"
     calibration.check({name: fingerprint(moe.attributes, moe.weights)})
+    for projection, view in moe.weights.items():
+        experts, _, columns = view.shape
+        calibration.check_shape(name, projection, experts, columns)
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,12 @@ from qmoe_rules import files, ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor
 from qmoe_rules.slices import SlicedTensor
+from qmoe_rules.soundness import defects
 
-__all__ = ["Source", "data_files", "load", "locate"]
+__all__ = ["Files", "Source", "data_files", "load", "locate"]
+
+_FILES = "qmoe_rules.files"
+_LARGEST = 1 << 31  # bytes of an .onnx file, which protobuf cannot exceed
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,43 @@ class Source:
 
     model: Path
     folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data files of a model, as they were when it was loaded.
+
+    Attributes:
+        states: Size, time of the last change and number of every file, by its resolved path; None
+            for one that is not there.
+    """
+
+    states: Mapping[Path, tuple[int, int, int] | None]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Files:
+        """Returns the files that the model's tensors still read from.
+
+        Those of a model that `load` did not load are taken as they are now.
+        """
+        known = model.meta.get(_FILES, cls({})).states
+        return cls(
+            {file: known[file] if file in known else _state(file) for file in data_files(model)}
+        )
+
+    def refuse_changes(self) -> None:
+        """Raises SourceError where a file is not what it was: what was read may be of both."""
+        for file, state in self.states.items():
+            if _state(file) != state:
+                raise SourceError(f"{file} has changed while it was read; nothing was written")
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def locate(path: str | os.PathLike[str]) -> Source:
@@ -50,7 +93,9 @@ def locate(path: str | os.PathLike[str]) -> Source:
         return Source(given / "model.onnx", given)
     found = sorted(given.glob("*.onnx"))
     if len(found) != 1:
-        nested = ", ".join(str(p.relative_to(given)) for p in sorted(given.glob("**/*.onnx"))[:5])
+        deeper = (found, given.glob("*/*.onnx"), given.glob("*/*/*.onnx"))
+        named = itertools.islice(itertools.chain.from_iterable(deeper), 5)
+        nested = ", ".join(sorted(str(path.relative_to(given)) for path in named))
         hint = f"name one of {nested}" if nested else "name a folder that holds an .onnx file"
         raise SourceError(f"{given} holds {len(found)} .onnx files, not one; {hint}")
     return Source(found[0], given)
@@ -63,19 +108,20 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         path: The .onnx file. Its external data stay where they are, mapped on demand.
 
     Raises:
-        SourceError: The file is missing, is not an ONNX model, or its external data are missing,
-            outside the model's folder or too short.
+        SourceError: The file is missing, is not a sound ONNX model, or its external data are
+            missing, outside the model's folder or too short.
     """
     path = Path(path)
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        model = ir.serde.deserialize_model(proto)
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {_reason(error)}") from error
-    except Exception as error:  # whatever a parser says about bytes that are no model
-        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
-    if not model.graph.outputs:
+    proto = _parsed(path)
+    if not proto.graph.output:
         raise SourceError(f"{path} is not an ONNX model: its graph has no outputs")
+    for defect in defects(proto):
+        raise SourceError(f"{path} is not an ONNX model: {defect}")
+    try:
+        model = ir.serde.deserialize_model(proto)
+        model.graph.sort()  # which keeps the order of a model that is in order, as it should be
+    except Exception as error:  # whatever a parser says about what is no model
+        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
     if _has_sparse_initializer(proto.graph):
         raise SourceError(f"{path} has sparse initializers, which onnx-ir would lose")
     # onnx-ir takes an empty folder for "no folder" and would not check where data lie.
@@ -84,7 +130,24 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     for tensor in _external_tensors(model):
         files.resolved_file(tensor)
         _check_extent(tensor)
+    model.meta[_FILES] = Files.of(model)
     return model
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise SourceError(f"cannot read {path}: it is no regular file")
+        if status.st_size > _LARGEST:
+            raise SourceError(f"{path} is not an ONNX model: it is larger than 2 GB")
+        return onnx.load(path, load_external_data=False)
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {_reason(error)}") from error
+    except Exception as error:  # whatever a parser says about bytes that are no model
+        raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error
 
 
 def data_files(model: ir.Model) -> set[Path]:

@@ -98,6 +98,8 @@ _QMOE_ATTRIBUTES: dict[str, Any] = {
     "quant_type": "int",
     "weights_prepacked": -1,
 }
+_NUMBERS = frozenset({"activation_alpha", "activation_beta", "swiglu_limit"})
+_WORDS = frozenset({"activation_type", "quant_type"})
 _ATTRIBUTES = {"MoE": _SHARED_ATTRIBUTES, "QMoE": {**_SHARED_ATTRIBUTES, **_QMOE_ATTRIBUTES}}
 
 
@@ -203,25 +205,34 @@ def slots(op_type: str, given: Mapping[str, ir.Value | None]) -> list[ir.Value |
 def attributes(node: ir.Node) -> dict[str, Any]:
     """Returns every attribute of a MoE or QMoE node as Python values, defaults filled in.
 
-    Attributes that have no default and are absent are None.
+    Attributes that have no default and are absent are None. One of another type than the schema's
+    counts as absent; `refuse_unknown` tells.
     """
     values = dict(_ATTRIBUTES[node.op_type])
     for name in values:
         attribute = node.attributes.get(name)
-        if attribute is not None and not attribute.is_ref():
+        if attribute is not None and not attribute.is_ref() and attribute.type == _type(name):
             values[name] = attribute.value
     return values
 
 
 def refuse_unknown(node: ir.Node) -> str | None:
     """Returns what a MoE or QMoE node has that the schemas do not know, or None."""
-    for name in node.attributes:
+    for name, attribute in node.attributes.items():
         if name not in _ATTRIBUTES[node.op_type]:
             return f"{node.op_type} has no attribute {name!r}"
+        if attribute.type != _type(name):
+            return f"attribute {name!r} is {attribute.type.name}, not {_type(name).name}"
     known = len(_INPUTS[node.op_type])
     if any(value is not None and value.name != "" for value in node.inputs[known:]):
         return f"it has more inputs than the {known} that are known"
     return None
+
+
+def _type(attribute: str) -> ir.AttributeType:
+    if attribute in _NUMBERS:
+        return ir.AttributeType.FLOAT
+    return ir.AttributeType.STRING if attribute in _WORDS else ir.AttributeType.INT
 
 
 def static_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:

@@ -1,14 +1,17 @@
 """`Override`: other settings for some nodes, and the patterns that say which.
 
 A pattern is a node's name, an fnmatch pattern, or `re:` and a regular expression that must match
-the whole name.
+the whole name. Expressions are RE2's, which has no look-around and needs no more than linear time:
+names come from models, and models from anywhere.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 from qmoe_rules.errors import ConfigError
 
 __all__ = ["OVERRIDABLE", "AnyOverride", "Override", "check_pattern", "exactly", "matches"]
+
+_MEMORY = 64 << 20  # bytes that a compiled expression may take
 
 OVERRIDABLE = ("format", "bits", "fc2_bits", "block_size", "symmetric", "method")
 """The fields of a recipe that an override may set."""
@@ -79,10 +84,7 @@ AnyOverride = Override | str | tuple[str, Mapping[str, Any]]
 def check_pattern(pattern: str) -> None:
     """Raises ConfigError where a pattern is a broken regular expression."""
     if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
+        _expression(pattern[3:])
 
 
 def exactly(name: str) -> str:
@@ -94,11 +96,28 @@ def exactly(name: str) -> str:
 def matches(pattern: str, name: str) -> bool:
     """Returns whether a pattern matches a node's name."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return _expression(pattern[3:]).fullmatch(name) is not None
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+@functools.lru_cache
+def _expression(text: str) -> Any:
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    options.dot_nl = False
+    options.max_mem = _MEMORY
+    try:
+        return re2.compile(text, options)
+    except (UnicodeEncodeError, re2.error) as error:
+        given = error.args[0]
+        reason = given.decode(errors="replace") if isinstance(given, bytes) else str(error)
+        shown = reprlib.repr(f"re:{text}")
+        raise ConfigError(f"pattern {shown} is no regular expression of RE2: {reason}") from None
 
 
 def _value(text: str) -> int | bool | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import InlinePass
 from qmoe_rules import ops
 from qmoe_rules.audit import audit
 from qmoe_rules.budget import within_budget
+from qmoe_rules.errors import SourceError
 from qmoe_rules.kernels import RIGHT
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, row_of
@@ -30,6 +31,10 @@ def prepare(model: ir.Model) -> ir.Model:
 
     A function holds no initializers, so a MoE inside one cannot be quantized there. Functions
     that merely define a fallback for a fused operator stay, so that the runtime still sees it.
+
+    Raises:
+        SourceError: They cannot be inlined: they call themselves, or are called with other inputs
+            than they have.
     """
     _inline(model)
     return model
@@ -38,7 +43,12 @@ def prepare(model: ir.Model) -> ir.Model:
 def _inline(model: ir.Model) -> bool:
     holders = _functions_with_moe(model)
     if holders:
-        InlinePass(criteria=lambda function: function.identifier() in holders)(model)
+        try:
+            InlinePass(criteria=lambda function: function.identifier() in holders)(model)
+        except (ir.passes.PassError, KeyError, ValueError) as error:
+            raise SourceError(
+                f"the functions that hold a MoE cannot be inlined: {error.__cause__ or error}"
+            ) from error
     return bool(holders)
 
 

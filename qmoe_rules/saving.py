@@ -11,15 +11,17 @@ import os
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
-from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in
+from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in, undisturbed
 from qmoe_rules.journal import Journal, fingerprint
-from qmoe_rules.loading import data_files
+from qmoe_rules.loading import Files, data_files
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.staging import Staging, naming_errors, resolved
 from qmoe_rules.writing import Progress, write_data
 
@@ -83,7 +85,8 @@ def save(
     Raises:
         SaveError: The destination is a file that the model still reads from, cannot be written,
             the disk is full, or a worker died. Nothing has changed then.
-        SourceError: A weight cannot be read, or holds an infinity or a NaN.
+        SourceError: A weight cannot be read, or holds an infinity or a NaN, or its file has changed
+            since the model was loaded.
         ConfigError: `workers` or `max_shard_size` is not positive.
 
     Example:
@@ -113,7 +116,9 @@ def guard(model: ir.Model, path: Path, sources: frozenset[Path] = frozenset()) -
     """
     if path.is_dir():
         raise SaveError(f"cannot write {path}: it is a folder")
-    for source in sorted(data_files(model) | sources):
+    with undisturbed:
+        read = data_files(model)
+    for source in sorted(read | sources):
         beside = source.parent == path.parent and is_data_name(source.name, path.name)
         if source == path or beside:
             raise SaveError(f"refusing to overwrite {source}: the model still reads from it")
@@ -134,12 +139,14 @@ def write_model(
         How many bytes were written.
     """
     options = options or SaveOptions()
-    extents = lay_out(model, options.max_shard_size)
-    data = list(dict.fromkeys(extent.file for extent in extents))
-    with naming_errors(stage.destination):
-        names = data_names(name, len(data), stage.has)
-    with standing_in(model, extents, names):
-        proto = _serialize(model)
+    with undisturbed:
+        sources = Files.of(model)
+        extents = lay_out(model, options.max_shard_size)
+        data = list(dict.fromkeys(extent.file for extent in extents))
+        with naming_errors(stage.destination):
+            names = data_names(name, len(data), stage.has)
+        with standing_in(model, extents, names):
+            proto = _serialize(model)
     size = sum(extent.tensor.nbytes for extent in extents) + len(proto)
     work = fingerprint(extents, version("qmoe-rules")) if options.resume else "new"
     folder = stage.unfinished(work)
@@ -149,13 +156,15 @@ def write_model(
         (stage.path / name).write_bytes(proto)
         if extents:
             _write_data(extents, folder, options)
+    sources.refuse_changes()
     stage.exclusive.update({names[i]: folder / file for i, file in enumerate(data)})
-    stage.obsolete.extend(_own_data_files(stage.destination / name))
+    stage.obsolete = partial(_own_data_files, stage.destination / name)
     return size
 
 
 def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> None:
-    with Journal(folder) if options.resume else nullcontext() as journal:
+    journals = Journal(folder) if options.resume else nullcontext()
+    with told_when_lost(), journals as journal:
         write_data(
             extents,
             folder,
@@ -168,9 +177,10 @@ def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> No
 
 def saved_bytes(model: ir.Model) -> int:
     """Returns how many bytes `save` writes as model.onnx, without computing anything."""
-    extents = lay_out(model)
-    with standing_in(model, extents, ["model.onnx.data"], compute=False):
-        return sum(extent.tensor.nbytes for extent in extents) + len(_serialize(model))
+    with undisturbed:
+        extents = lay_out(model)
+        with standing_in(model, extents, ["model.onnx.data"], compute=False):
+            return sum(extent.tensor.nbytes for extent in extents) + len(_serialize(model))
 
 
 def _allocated(folder: Path) -> int:

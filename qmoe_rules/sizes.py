@@ -6,6 +6,8 @@ import re
 
 __all__ = ["parse_bytes"]
 
+_MOST = 1 << 63
+
 
 def parse_bytes(text: str) -> int | None:
     """Returns the bytes that a text spells, None where it spells none.
@@ -21,4 +23,5 @@ def parse_bytes(text: str) -> int | None:
     if found is None:
         return None
     base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " kmgt".index(found[2] or " ")) or None
+    size = float(found[1]) * base ** " kmgt".index(found[2] or " ")
+    return int(size) or None if size < _MOST else None

@@ -7,6 +7,7 @@ transposed, split, concatenated or one matrix per expert is still read one exper
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -41,11 +42,13 @@ class Slices(ABC):
         shape: The sizes of all axes.
         dtype: The element type, as numpy has it.
         is_view: Whether reading costs nothing, however much is read.
+        pieces: How many reads of tensors it takes to read everything.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     is_view: bool = False
+    pieces: int = 1
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Array:
@@ -108,7 +111,8 @@ class TensorSlices(Slices):
         if isinstance(self._tensor, ir.ExternalTensor):
             size = self._tensor.nbytes // max(self.shape[0], 1)
             offset = self._tensor.offset or 0
-            files.drop_pages(self._tensor, offset + start * size, offset + stop * size)
+            with contextlib.suppress(OSError, ValueError):  # what is gone has no pages
+                files.drop_pages(self._tensor, offset + start * size, offset + stop * size)
 
     def _array(self) -> Array:
         if isinstance(self._tensor, ir.ExternalTensor):
@@ -136,6 +140,7 @@ class Combined(Slices):
         self.shape = tuple(shape)
         self.dtype = dtype
         self.is_view = is_view
+        self.pieces = sum(source.pieces for source in sources)
         self._sources = tuple(sources)
         self._function = function
 
@@ -161,6 +166,7 @@ class Joined(Slices):
         self._sources = tuple(sources)
         self.shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
         self.dtype = sources[0].dtype
+        self.pieces = sum(source.pieces for source in sources)
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -200,6 +206,7 @@ class Picked(Slices):
         self.shape = (stop - start, *source.shape[1:])
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -223,6 +230,7 @@ class Lifted(Slices):
         self.shape = (1, *source.shape)
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -247,6 +255,7 @@ class Unlifted(Slices):
         self.shape = source.shape[1:]
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:
@@ -271,6 +280,7 @@ class Regrouped(Slices):
         self.shape = (groups, self._size, *source.shape[1:])
         self.dtype = source.dtype
         self.is_view = source.is_view
+        self.pieces = source.pieces
 
     @property
     def tensors(self) -> tuple[ir.TensorProtocol, ...]:

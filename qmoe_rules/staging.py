@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +32,8 @@ class Staging:
         path: The hidden folder, on the same disk.
         exclusive: Files of an `unfinished` folder by the name that they will have in the
             destination, where they must not replace another.
-        obsolete: Files of the destination that `commit` deletes last.
+        obsolete: Returns the files of the destination that `commit` deletes last. It is asked when
+            no other save can change them any more.
     """
 
     def __init__(self, destination: Path, kept_as: str | None = None) -> None:
@@ -45,7 +47,7 @@ class Staging:
         self.destination = destination
         self._kept_as = kept_as
         self.exclusive: dict[str, Path] = {}
-        self.obsolete: list[Path] = []
+        self.obsolete: Callable[[], list[Path]] = list
         self._made: list[Path] = []
         self._closing = contextlib.ExitStack()
 
@@ -119,29 +121,44 @@ class Staging:
         """
         with naming_errors(self.destination):
             if not self.destination.exists():
-                for name, file in self.exclusive.items():
-                    file.replace(self.path / name)
-                self.path.rename(self.destination)
+                self._appear()
                 return
-            files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
-            moves = {file: self.destination / file.relative_to(self.path) for file in files}
-            for target in moves.values():
-                self._refuse_obstacle(target)
-            final = moves.pop(self.path / last)
-            with contextlib.ExitStack() as undo:
-                for name, file in self.exclusive.items():
-                    self._claim(name, file, undo)
-                for file, target in moves.items():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    file.replace(target)
-                # From here on nothing is taken back: the new model may be in place.
-                put_back = undo.pop_all()
-            try:
-                (self.path / last).replace(final)
-            except OSError:
-                put_back.close()
+            with _alone_in(self.destination):
+                self._replace(last)
+
+    def _appear(self) -> None:
+        """Makes the destination in one step."""
+        for name, file in self.exclusive.items():
+            file.replace(self.path / name)
+        try:
+            self.path.rename(self.destination)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-        for file in self.obsolete:
+            raise _overtaken(self.destination) from None
+
+    def _replace(self, last: str) -> None:
+        """Puts the files in place one after the other."""
+        files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
+        moves = {file: self.destination / file.relative_to(self.path) for file in files}
+        for target in moves.values():
+            self._refuse_obstacle(target)
+        final = moves.pop(self.path / last)
+        obsolete = self.obsolete()
+        with contextlib.ExitStack() as undo:
+            for name, file in self.exclusive.items():
+                self._claim(name, file, undo)
+            for file, target in moves.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+            # From here on nothing is taken back: the new model may be in place.
+            put_back = undo.pop_all()
+        try:
+            (self.path / last).replace(final)
+        except OSError:
+            put_back.close()
+            raise
+        for file in obsolete:
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -154,7 +171,7 @@ class Staging:
         try:
             target.open("xb").close()
         except FileExistsError:
-            raise SaveError(f"cannot write {target}: another save has written it by now") from None
+            raise _overtaken(target) from None
         undo.callback(target.unlink, missing_ok=True)
         file.replace(target)
         undo.callback(target.replace, file)
@@ -198,6 +215,10 @@ class Staging:
                 folder.rmdir()
 
 
+def _overtaken(path: Path) -> SaveError:
+    return SaveError(f"cannot write {path}: another save has written it by now")
+
+
 _held: dict[Path, object] = {}  # locks are held by processes: this one keeps its saves apart
 
 
@@ -237,6 +258,9 @@ if sys.platform == "win32":
             return False
         return True
 
+    def _alone_in(_folder: Path) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()  # it cannot lock a folder
+
 else:
     import fcntl
 
@@ -246,6 +270,17 @@ else:
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    @contextlib.contextmanager
+    def _alone_in(folder: Path) -> Iterator[None]:
+        """Lets one save at a time put its files into a folder, and find out what they replace."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # of file systems without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def resolved(path: Path) -> Path:

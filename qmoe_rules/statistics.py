@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Calibration:
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Takes the metadata of a file at its word; `load` is how to get one that is checked."""
         self.path = path
-        self.fingerprints: dict[str, str] = json.loads(metadata["fingerprints"])
+        self.fingerprints: dict[str, str] = _fingerprints(metadata["fingerprints"])
         self.tokens = int(metadata["tokens"])
         self.hessian = metadata["hessian"] == "true"
         self.data = metadata["data"]
@@ -242,6 +243,25 @@ class Calibration:
                     "are not those that were calibrated"
                 )
 
+    def check_shape(self, node: str, projection: str, experts: int, columns: int) -> None:
+        """Refuses a file whose statistics of a projection are of another shape.
+
+        Args:
+            node: Name of the MoE node, which is in the file.
+            projection: `"fc1"` or `"fc2"`.
+            experts: E of the weights.
+            columns: K of the weights.
+
+        Raises:
+            SourceError: The file is broken: of the same model it has the same shapes.
+        """
+        found = (len(self.counts(node, projection)), self.columns(node, projection))
+        if found != (experts, columns):
+            raise self._broken(
+                f"{node}/{projection} has {found[0]} experts and {found[1]} columns; the weights "
+                f"have {experts} and {columns}"
+            )
+
     @property
     def _identity(self) -> tuple[object, ...]:
         model = hashlib.blake2b(json.dumps(self.fingerprints).encode(), digest_size=8).hexdigest()
@@ -307,7 +327,12 @@ class Calibration:
         return found
 
     def _tensor(self, node: str, projection: str, part: str) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = self._slice(node, projection, part)[...]
+        from safetensors import SafetensorError
+
+        try:
+            array: npt.NDArray[Any] = self._slice(node, projection, part)[...]
+        except SafetensorError as error:  # of a tensor without numbers
+            raise self._broken(f"{node}/{projection}/{part}: {error}") from error
         if not np.isfinite(array).all():
             raise self._broken(f"{node}/{projection}/{part} holds an infinity or a NaN")
         return array
@@ -346,14 +371,27 @@ class ProjectionStatistics:
         return self.calibration.fallbacks(self.node, self.projection, hessian=self.hessian)
 
 
+def _fingerprints(text: str) -> dict[str, str]:
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        raise ValueError("fingerprints are no hashes by name")
+    return found
+
+
 def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end
+            raise SourceError(f"cannot read {path}: it is no regular file")
         return safe_open(path, framework="numpy")
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"cannot read {path}: {reason}") from error
     except SafetensorError as error:
         raise SourceError(f"{path} is not a calibration file: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ from qmoe_rules.slices import (
 )
 
 __all__ = ["ExpertWeights", "resolve"]
+
+# More than any exporter writes: three matrices for each of a thousand experts are 3072 pieces. A
+# few nodes in diamonds, each reading the one before it twice, ask for as many as they like.
+_MOST_PIECES = 1 << 16
+_MOST_REPEATS = 64
 
 
 class ExpertWeights:
@@ -101,6 +107,28 @@ def resolve(value: ir.Value) -> Slices | str:
     Returns:
         The slices, or the reason why the value is not such a constant.
     """
+    slices = _resolved(value, {})
+    if isinstance(slices, str) or value.producer() is None:
+        return slices
+    stored = sum({id(tensor): tensor.nbytes for tensor in slices.tensors}.values())
+    if slices.nbytes > _MOST_REPEATS * stored:
+        return f"{value.name} repeats its constants more than {_MOST_REPEATS} times"
+    return slices
+
+
+_Known = dict[ir.Value, Slices | str]
+"""What has been found out about values on the way to another."""
+
+
+def _resolved(value: ir.Value, known: _Known) -> Slices | str:
+    """Returns the same for a value on the way, once however many ways lead there."""
+    if value not in known:
+        known[value] = f"{value.name} is computed from itself"  # unless this comes to an end
+        known[value] = _read_through(value, known)
+    return known[value]
+
+
+def _read_through(value: ir.Value, known: _Known) -> Slices | str:
     if value.is_graph_input():
         return f"{value.name} is a graph input, so its default may be overridden at run time"
     tensor = ir.convenience.get_const_tensor(value)
@@ -113,16 +141,18 @@ def resolve(value: ir.Value) -> Slices | str:
     if node is None or rearrange is None:
         return f"{value.name} is not a constant"
     try:
-        slices = rearrange(node, value)
+        slices = rearrange(node, value, partial(_source, node, known))
     except _NotReadableError as reason:
         return str(reason)
     except RecursionError:
         return f"{value.name} is too many nodes away from a constant"
-    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         return f"{value.name}: {node.op_type} cannot be read: {error}"
-    known = ops.static_shape(value)
-    if known is not None and not ops.agree(known, slices.shape):
-        return f"{value.name} is {list(slices.shape)} where the model says {list(known)}"
+    shape = ops.static_shape(value)
+    if shape is not None and not ops.agree(shape, slices.shape):
+        return f"{value.name} is {list(slices.shape)} where the model says {list(shape)}"
+    if slices.pieces > _MOST_PIECES:
+        return f"{value.name} is put together from more than {_MOST_PIECES} pieces"
     return slices
 
 
@@ -130,9 +160,13 @@ class _NotReadableError(Exception):
     """Why a value cannot be read slice by slice."""
 
 
-def _source(node: ir.Node, index: int = 0) -> Slices:
+_Source = Callable[..., Slices]
+"""Returns an input of the node by its index, the first one where it is left out."""
+
+
+def _source(node: ir.Node, known: _Known, index: int = 0) -> Slices:
     value = node.inputs[index]
-    slices = "an input is missing" if value is None else resolve(value)
+    slices = "an input is missing" if value is None else _resolved(value, known)
     if isinstance(slices, str):
         raise _NotReadableError(slices)
     return slices
@@ -172,12 +206,12 @@ def _whole(source: Slices, shape: Sequence[int], view: Callable[[Any], Any]) -> 
     return Unlifted(lifted)
 
 
-def _identity(node: ir.Node, value: ir.Value) -> Slices:
-    return _source(node)
+def _identity(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    return source_of()
 
 
-def _cast(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _cast(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     target = ir.DataType(node.attributes.get_int("to"))
     dtype = target.numpy()
     if dtype == source.dtype:
@@ -192,8 +226,8 @@ def _cast(node: ir.Node, value: ir.Value) -> Slices:
     return Combined([source], source.shape, dtype, cast)
 
 
-def _transpose(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _transpose(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     order = list(node.attributes.get_ints("perm", ()) or range(len(source.shape))[::-1])
     shape = [source.shape[axis] for axis in order]
     if order[0] == 0:
@@ -219,18 +253,18 @@ def _reshaped(source: Slices, shape: Sequence[int]) -> Slices:
     return _whole(source, shape, lambda array: array.reshape(shape))
 
 
-def _reshape(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _reshape(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     wanted = _constant(node, 1) or []
     if not node.attributes.get_int("allowzero", 0):
         wanted = [source.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
-    known = int(np.prod([size for size in wanted if size >= 0]))
-    total = int(np.prod(source.shape))
+    known = math.prod(size for size in wanted if size >= 0)
+    total = math.prod(source.shape)
     return _reshaped(source, [total // max(known, 1) if size < 0 else size for size in wanted])
 
 
-def _squeeze(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _squeeze(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     rank = len(source.shape)
     axes = {axis % rank for axis in _axes(node)} or {
         i for i, size in enumerate(source.shape) if size == 1
@@ -238,8 +272,8 @@ def _squeeze(node: ir.Node, value: ir.Value) -> Slices:
     return _reshaped(source, [size for i, size in enumerate(source.shape) if i not in axes])
 
 
-def _unsqueeze(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _unsqueeze(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     given = _axes(node)
     rank = len(source.shape) + len(given)
     axes = {axis % rank for axis in given}
@@ -249,8 +283,8 @@ def _unsqueeze(node: ir.Node, value: ir.Value) -> Slices:
     return _reshaped(source, [1 if axis in axes else next(sizes) for axis in range(rank)])
 
 
-def _concat(node: ir.Node, value: ir.Value) -> Slices:
-    sources = [_source(node, index) for index in range(len(node.inputs))]
+def _concat(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    sources = [source_of(index) for index in range(len(node.inputs))]
     axis = _axis(node, len(sources[0].shape))
     if axis == 0:
         return Joined(sources)
@@ -259,8 +293,8 @@ def _concat(node: ir.Node, value: ir.Value) -> Slices:
     return Combined(sources, shape, sources[0].dtype, lambda *b: np.concatenate(b, axis))
 
 
-def _split(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _split(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     axis = _axis(node, len(source.shape))
     count = len(node.outputs)
     sizes = _constant(node, 1) or node.attributes.get_ints("split", None)
@@ -272,8 +306,8 @@ def _split(node: ir.Node, value: ir.Value) -> Slices:
     return _sliced(source, axis, slice(start, start + sizes[index]))
 
 
-def _slice(node: ir.Node, value: ir.Value) -> Slices:
-    source = _source(node)
+def _slice(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
+    source = source_of()
     if len(node.inputs) < 3:
         raise _NotReadableError(f"{value.name} is cut by a Slice of before opset 10")
     starts, ends = _constant(node, 1) or [], _constant(node, 2) or []
@@ -300,7 +334,7 @@ def _sliced(source: Slices, axis: int, cut: slice) -> Slices:
     )
 
 
-_NODES: dict[str, Callable[[ir.Node, ir.Value], Slices]] = {
+_NODES: dict[str, Callable[[ir.Node, ir.Value, _Source], Slices]] = {
     "Cast": _cast,
     "Concat": _concat,
     "Identity": _identity,

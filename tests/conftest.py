@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.sandbox import Sandbox
 
 MODELS = Path(__file__).parent / "models"
 # More real models, where the project is checked out beside them.
@@ -29,3 +32,12 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("needs the shared models beside the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """The `qmoe` command within limits, for all tests; skips where the system keeps none."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the sandbox asks Linux to keep the limits")
+    with Sandbox() as server:
+        yield server

@@ -238,8 +238,7 @@ NO_SM90 = (
         ({"nodes_to_exclude": None}, f"nodes_to_exclude=None; {EXCLUDES}"),
         (
             {"nodes_to_exclude": ["re:("]},
-            "pattern 're:(' is no regular expression: "
-            "missing ), unterminated subpattern at position 0",
+            "pattern 're:(' is no regular expression of RE2: missing ): (",
         ),
         ({"overrides": "a:bits=8"}, "overrides='a:bits=8'; it is a sequence of overrides"),
         (
@@ -262,7 +261,7 @@ NO_SM90 = (
         ),
         (
             {"overrides": [("re:[", {"bits": 8})]},
-            "pattern 're:[' is no regular expression: unterminated character set at position 0",
+            "pattern 're:[' is no regular expression of RE2: missing ]: [",
         ),
     ],
 )

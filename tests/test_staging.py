@@ -35,7 +35,7 @@ def fill(stage: Staging, *names: str) -> None:
         file = stage.unfinished() / name
         file.write_text(f"new {name}")
         stage.exclusive[name] = file
-    stage.obsolete.append(stage.destination / "data")
+    stage.obsolete = lambda: [stage.destination / "data"]
 
 
 def test_commit_replaces_the_old_files(out: Path) -> None:

@@ -172,3 +172,30 @@ def test_an_array_that_is_made_on_demand_is_made_once_per_sweep() -> None:
             assert len(made) == sweep
             weights.release(index)
         files.forget()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_diamonds_of_concat_are_resolved_in_linear_time(axis: int) -> None:
+    """Each level reads the one below twice: sixty levels are 2^60 ways to the constant."""
+    graph = Graph()
+    value = graph.weight("fc1", weight_of(np.float32))
+    values = [value := graph.op("Concat", value, value, out=f"c{n}", axis=axis) for n in range(60)]
+    small = ExpertWeights.of(values[2])
+    assert isinstance(small, ExpertWeights)
+    expected = weight_of(np.float32)
+    for _ in range(3):
+        expected = np.concatenate([expected, expected], axis)
+    for index in range(len(expected)):
+        np.testing.assert_array_equal(small.expert(index), expected[index])
+    assert ExpertWeights.of(values[9]) == "c9 repeats its constants more than 64 times"
+    assert ExpertWeights.of(values[-1]) == "c16 is put together from more than 65536 pieces"
+
+
+def test_a_constant_that_is_computed_from_itself_is_none() -> None:
+    graph = Graph()
+    first = graph.op("Identity", graph.weight("fc1", weight_of(np.float32)), out="a")
+    second = graph.op("Identity", first, out="b")
+    producer = first.producer()
+    assert producer is not None
+    producer.replace_input_with(0, second)
+    assert ExpertWeights.of(second) == "b is computed from itself"

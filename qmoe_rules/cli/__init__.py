@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from qmoe_rules.cli._commands import parser
+from qmoe_rules.cli._printing import plain
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
 
 __all__ = ["main"]
@@ -27,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; those of the process where it is left out.
     """
-    arguments = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding
     try:
+        arguments = parser().parse_args(argv)
         with _logging(), _interrupting_on_sigterm():
             status: int = arguments.run(arguments)
         if sys.stdout is not None:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except QMoEError as error:
         return _fail(error, 2)
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}", 2)
     except KeyboardInterrupt as interrupt:  # a command may say what it leaves behind
         return _fail(str(interrupt) or "interrupted; nothing was written", 130)
     except OSError as error:  # of standard output: whatever happens to files is a QMoEError
@@ -50,17 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Shows what the pipeline warns of; the table says what the rules would log."""
-    package, pipeline = logging.getLogger("qmoe_rules"), logging.getLogger("qmoe_rules.pipeline")
+    """Shows what the pipeline warns of; the table says what the rules would log.
+
+    What other libraries would log, such as onnx-ir, is told by our own errors.
+    """
+    everybody, pipeline = logging.getLogger(), logging.getLogger("qmoe_rules.pipeline")
     quiet, shown = logging.NullHandler(), logging.StreamHandler()
-    shown.setFormatter(logging.Formatter("qmoe: %(message)s"))
-    package.addHandler(quiet)
+    shown.setFormatter(_OneLine())
+    everybody.addHandler(quiet)
     pipeline.addHandler(shown)
     try:
         yield
     finally:
-        package.removeHandler(quiet)
+        everybody.removeHandler(quiet)
         pipeline.removeHandler(shown)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _line(record.getMessage())
 
 
 def _abandon_stdout() -> None:
@@ -70,9 +81,12 @@ def _abandon_stdout() -> None:
 
 
 def _fail(error: object, status: int) -> int:
-    line = " ".join(str(error).split())
-    sys.stderr.write(f"qmoe: {line}\n")
+    sys.stderr.write(f"{_line(error)}\n")
     return status
+
+
+def _line(message: object) -> str:
+    return f"qmoe: {plain(' '.join(str(message).split()))}"
 
 
 @contextlib.contextmanager

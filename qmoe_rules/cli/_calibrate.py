@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from qmoe_rules.calibration import calibrate
-from qmoe_rules.cli._printing import print_json, show
+from qmoe_rules.cli._printing import cell, print_json, show
 from qmoe_rules.feeds import TOKEN_DTYPES, inputs_of, read_feeds
 from qmoe_rules.loading import load, locate
 from qmoe_rules.statistics import PROJECTIONS, Calibration
@@ -144,7 +143,7 @@ def _table(summary: dict[str, Any]) -> Table:
         ]
         numbers = (len(counts), counts[0], counts[len(counts) // 2], counts[-1], len(node["never"]))
         style = "yellow" if any(each["experts"] for each in node["few"].values()) else None
-        table.add_row(Text(node["node"]), *map(str, numbers), *few, style=style)
+        table.add_row(cell(node["node"]), *map(str, numbers), *few, style=style)
     return table
 
 

@@ -20,7 +20,9 @@ from qmoe_rules.kernels import RIGHT
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, human_bytes
 
 __all__ = [
+    "cell",
     "inspection_table",
+    "plain",
     "print_json",
     "print_report",
     "progress_bar",
@@ -29,6 +31,25 @@ __all__ = [
 ]
 
 _PIPE_WIDTH = 1000  # columns of a table that no terminal limits
+_LONGEST = 2000  # characters of a line or a cell
+
+
+def plain(text: str) -> str:
+    """Returns a text as a terminal may have it, whatever names a model has.
+
+    Control characters, which a terminal would obey, are spelled out, and so is whatever has no
+    width or turns the direction of writing; what is very long is cut.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(text: str) -> Text:
+    """Returns the same as a cell of a table."""
+    return Text(plain(text))
 
 
 def progress_bar() -> AbstractContextManager[Progress | None]:
@@ -49,7 +70,8 @@ def show(*things: Table | str) -> None:
         highlight=False,
     )
     for thing in things:
-        console.print(thing, markup=False, emoji=False)
+        shown = plain(thing) if isinstance(thing, str) else thing
+        console.print(shown, markup=False, emoji=False)
     _write(cast(io.StringIO, console.file).getvalue())
 
 
@@ -59,7 +81,8 @@ def _write(text: str) -> None:
 
 
 def print_json(data: object) -> None:
-    _write(json.dumps(data, indent=2) + "\n")
+    text = json.dumps(data, indent=2).replace("\x7f", r"\u007f")  # the one that JSON lets pass
+    _write(text + "\n")
 
 
 def print_report(report: Report, as_json: bool) -> None:
@@ -79,7 +102,7 @@ def _report_table(rows: Sequence[Row]) -> Table:
         style = "yellow" if row.status == SKIPPED else None
         sizes = _sizes(row.experts, row.hidden, row.inter)
         before, after = human_bytes(row.bytes_before), human_bytes(row.bytes_after)
-        table.add_row(Text(row.node), *sizes, Text(result), before, after, style=style)
+        table.add_row(cell(row.node), *sizes, cell(result), before, after, style=style)
     return table
 
 
@@ -101,13 +124,13 @@ def inspection_table(summaries: Sequence[NodeSummary]) -> Table:
     )
     for summary in summaries:
         table.add_row(
-            Text(summary.node),
+            cell(summary.node),
             summary.op,
             summary.dtype,
             *_sizes(summary.experts, summary.hidden, summary.inter),
             str(summary.k),
-            Text(summary.activation),
-            Text(summary.stored),
+            cell(summary.activation),
+            cell(summary.stored),
             human_bytes(summary.nbytes),
             *([summary.verdict] if judged else []),
             style="yellow" if summary.verdict not in (None, RIGHT) else None,

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
-from rich.text import Text
 
-from qmoe_rules.cli._printing import print_json, show
+from qmoe_rules.cli._printing import cell, print_json, show
 from qmoe_rules.errors import SourceError
 from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.verification import (
@@ -105,8 +104,8 @@ def _table(nodes: tuple[NodeResult, ...]) -> Table:
         checks = dict.fromkeys(failure.check for failure in node.failures)
         result = f"failed: {', '.join(checks)}" if checks else _passed(node)
         table.add_row(
-            Text(node.node),
-            " and ".join(dict.fromkeys(each.stored for each in node.projections)),
+            cell(node.node),
+            cell(" and ".join(dict.fromkeys(each.stored for each in node.projections))),
             _figure(max((each.error for each in node.projections), default=None)),
             *map(_figure, figures),
             result,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.audit import audit
+from qmoe_rules.errors import SourceError
 from qmoe_rules.facts import constant_weights
 from qmoe_rules.formats import format_of
 from qmoe_rules.installed import installed
@@ -190,8 +191,13 @@ def _computed(
     result: NodeResult, conversion: _Conversion, captured: Captured | None, settings: Settings
 ) -> NodeResult:
     """Adds what quantization costs, and how exactly the provider computes."""
-    inputs = conversion.inputs(captured, settings)
-    exact, expected = conversion.expected(inputs)
+    try:
+        inputs = conversion.inputs(captured, settings)
+        exact, expected = conversion.expected(inputs)
+    except SourceError:
+        raise
+    except ValueError as refusal:  # attributes that no provider takes
+        return result.failing(Failure("execution", f"the reference cannot compute it: {refusal}"))
     error = execution.relative_error(expected, exact)
     result = replace(result, output_error=error, inputs=inputs.origin)
     if not np.isfinite(expected).all():
