@@ -82,6 +82,11 @@ class Projection:
         """Size of all parts of all experts in bytes."""
         return self.experts * sum(self.slab_nbytes(part) for part in self.parts)
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, with its share of everything else that is stored."""
+        return 8 * self.nbytes / (math.prod(self.weights.shape) or 1)
+
     def slab_nbytes(self, part: str) -> int:
         """Returns the size of one expert's share of a part in bytes."""
         shape, dtype = self.parts[part]

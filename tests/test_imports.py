@@ -58,16 +58,18 @@ EDGES = (
     "loading",
     "staging",
     "saving",
+    "measuring",
     "pipeline",
     "inspection",
     "reference",
     "feeds",
     "calibration",
     "verification",
+    "pages",
 )
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "integrations", "cli", "__init__", "__main__")
 
-LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich", "safetensors")
+LATE = ("numba", "onnxruntime", "hypothesis", "jinja2", "onnx", "rich", "safetensors")
 
 
 @dataclass(frozen=True)
