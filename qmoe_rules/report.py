@@ -168,7 +168,7 @@ class Report:
     file_bytes_after: int = 0
     # By a token that the node carries: names are unique within one scope only, and the node
     # itself would keep its whole graph alive.
-    _rows: dict[object, Row] = field(default_factory=dict)
+    _rows: dict[object, Row] = field(default_factory=dict, init=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and self.to_dict() == other.to_dict()

@@ -18,7 +18,7 @@ from typing import NoReturn
 from qmoe_rules.cli._commands import parser
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
