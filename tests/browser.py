@@ -1,4 +1,4 @@
-"""A headless Chromium, as far as the pages need one; tests that ask for it skip without."""
+"""A headless Chromium, as far as the pages need one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-__all__ = ["Browser", "Layout", "Opened", "browser"]
+__all__ = ["Browser", "Layout", "Opened"]
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _FLAGS = (
@@ -99,6 +97,12 @@ class Browser:
     program: str
     folder: Path
 
+    @classmethod
+    def find(cls, folder: Path) -> Browser | None:
+        """Returns the browser of this machine, None where there is none."""
+        program = next(filter(None, map(shutil.which, _NAMES)), None)
+        return None if program is None else cls(program, folder)
+
     def open(self, page: Path) -> Opened:
         """Loads a page from its file."""
         # Chromium refuses to run as root in its sandbox.
@@ -122,14 +126,3 @@ class Browser:
         assert answer is not None, "the page did not load in a frame"
         found: list[dict[str, Any]] = json.loads(html.unescape(answer[1]))
         return sorted((Layout(**each) for each in found), key=lambda each: each.width)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Browser:
-    """A browser; skips the test where there is none."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        pytest.skip("needs Chromium")
-    folder = tmp_path / "browser"
-    folder.mkdir()
-    return Browser(program, folder)

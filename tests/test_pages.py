@@ -20,9 +20,7 @@ from qmoe_rules.pages import check_page, report_page, verification_page, write_p
 from qmoe_rules.pages._figures import SHADES, Shades, of_report
 from qmoe_rules.report import CONVERTED, ProjectionRow, Row
 from qmoe_rules.verification import Failure, NodeResult
-from tests.browser import Browser, browser
-
-__all__ = ["browser"]
+from tests.browser import Browser
 
 HOSTILE = "</title></style><script>nope()</script><img src=//x onerror=nope()>\"'&amp;{{ 7 * 7 }}"
 FIELDS: dict[str, Any] = {
@@ -57,6 +55,13 @@ class Reading(HTMLParser):
             for name, found in self.elements
             if name == tag and all(found.get(key) == value for key, value in attributes.items())
         ]
+
+
+@pytest.fixture
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
+    """A browser; skips the test where there is none."""
+    found = Browser.find(tmp_path_factory.mktemp("browser"))
+    return found or pytest.skip("needs Chromium")
 
 
 @pytest.fixture
