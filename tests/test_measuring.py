@@ -12,6 +12,7 @@ import pytest
 
 from qmoe_rules import Report, plan, quantize
 from qmoe_rules import measuring as module
+from qmoe_rules.cli import main
 from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.measuring import relative_error
 from qmoe_rules.report import SKIPPED
@@ -130,16 +131,22 @@ def test_a_weight_that_nodes_share_is_measured_for_each(tmp_path: Path) -> None:
 
 
 def test_an_interruption_while_measuring_says_that_the_model_is_there(
-    tiny_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_fp16: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qmoe_rules.pipeline.measure", interrupt)
+    page = tmp_path / "page.html"
+    command = ["quantize", str(tiny_fp16), str(tmp_path / "out"), "--resume", "--html", str(page)]
+    assert main(command) == 130
     written = tmp_path / "out" / "model.onnx"
-    with pytest.raises(KeyboardInterrupt, match=r"while measuring; .*model\.onnx is written"):
-        quantize(tiny_fp16, tmp_path / "out", measured=True)
+    assert capsys.readouterr().err == f"qmoe: interrupted while measuring; {written} is written\n"
     assert written.is_file()
+    assert not page.exists()
 
 
 def test_relative_error_of_a_zero_weight_is_absolute() -> None:

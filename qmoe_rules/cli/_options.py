@@ -98,8 +98,8 @@ def save_options_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         with cluster(arguments.dask) as (executor, threads):
             yield {**options, "executor": executor, "workers": arguments.workers or threads}
-    except KeyboardInterrupt:
-        if arguments.resume:
+    except KeyboardInterrupt as interrupt:
+        if arguments.resume and not interrupt.args:  # which say what is written already
             raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         raise
 
