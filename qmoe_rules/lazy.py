@@ -8,6 +8,7 @@ so a planned model can be inspected, cloned, laid out and saved like any other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -68,7 +69,7 @@ class Projection:
         """E, the number of experts and of slabs."""
         return self.weights.shape[0]
 
-    @property
+    @functools.cached_property
     def parts(self) -> Mapping[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of what is stored of one expert, by part, the weights laid out."""
         _, rows, columns = self.weights.shape

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.errors import UnsupportedNodeError
-from qmoe_rules.facts import constant_weights
+from qmoe_rules.slices import Slices
 from qmoe_rules.stored import stored_projections
 from qmoe_rules.weights import resolve
 
@@ -92,9 +92,12 @@ class Row:
 def row_of(node: ir.Node) -> Row:
     """Returns a row with a node's name, sizes and bytes; a QMoE is `KEPT`, a MoE `SKIPPED`."""
     given = ops.inputs(node)
-    weights = [value for name, value in given.items() if value and name in _EXPERT_INPUTS]
-    constants = [resolve(value) for value in weights]
-    nbytes = sum(slices.nbytes for slices in constants if not isinstance(slices, str))
+    constants = {
+        name: slices
+        for name, value in given.items()
+        if value and name in _EXPERT_INPUTS and not isinstance(slices := resolve(value), str)
+    }
+    nbytes = sum(slices.nbytes for slices in constants.values())
     experts, hidden, inter = _sizes(node, given)
     kept = ops.is_op(node, "QMoE")
     return Row(
@@ -106,7 +109,7 @@ def row_of(node: ir.Node) -> Row:
         inter=inter,
         bytes_before=nbytes,
         bytes_after=nbytes,
-        projections=_stored(node) if kept else _float(given),
+        projections=_stored(node) if kept else _float(constants),
     )
 
 
@@ -117,13 +120,11 @@ _EXPERT_INPUTS = frozenset(
 )
 
 
-def _float(given: Mapping[str, ir.Value | None]) -> tuple[ProjectionRow, ...]:
-    weights = constant_weights(given)
-    if isinstance(weights, str):
-        return ()
+def _float(constants: Mapping[str, Slices]) -> tuple[ProjectionRow, ...]:
     return tuple(
-        ProjectionRow(name, view.dtype.name, math.prod(view.shape), 8.0 * view.dtype.itemsize)
-        for name, view in weights.items()
+        ProjectionRow(name[:3], each.dtype.name, math.prod(each.shape), 8.0 * each.dtype.itemsize)
+        for name, each in constants.items()
+        if name.endswith("_experts_weights")
     )
 
 
