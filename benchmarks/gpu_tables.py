@@ -149,10 +149,13 @@ for target `cuda`, the model is the rules' own; else it was built by hand. A cel
 float16, 4 experts, 2 per token, 6 tokens, H=128, I=192, biases, swiglu interleaved, weights
 normalized.
 
-    python -m tests.gpu.cases FOLDER                              where the project is installed
-    python tests/gpu/run_case.py FOLDER --out results.json        where the device is
-    python benchmarks/bench_gpu.py --out FOLDER                   where the device is
-    python benchmarks/gpu_tables.py results.json FOLDER/bench.json > docs/gpu.md
+<!-- not run: needs a CUDA device -->
+```sh
+python -m tests.gpu.cases FOLDER                        # where the project is installed
+python tests/gpu/run_case.py FOLDER --out results.json  # where the device is
+python benchmarks/bench_gpu.py --out FOLDER             # where the device is
+python benchmarks/gpu_tables.py results.json FOLDER/bench.json > docs/gpu.md
+```
 
 `pytest tests/gpu` does the first two where it finds a device, and holds every verdict.
 """

@@ -8,6 +8,7 @@ so a planned model can be inspected, cloned, laid out and saved like any other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -68,7 +69,7 @@ class Projection:
         """E, the number of experts and of slabs."""
         return self.weights.shape[0]
 
-    @property
+    @functools.cached_property
     def parts(self) -> Mapping[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of what is stored of one expert, by part, the weights laid out."""
         _, rows, columns = self.weights.shape
@@ -81,6 +82,11 @@ class Projection:
     def nbytes(self) -> int:
         """Size of all parts of all experts in bytes."""
         return self.experts * sum(self.slab_nbytes(part) for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, with its share of everything else that is stored."""
+        return 8 * self.nbytes / (math.prod(self.weights.shape) or 1)
 
     def slab_nbytes(self, part: str) -> int:
         """Returns the size of one expert's share of a part in bytes."""

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, load, locate
+from qmoe_rules.measuring import measure, measured_bytes
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, KEPT, Report
@@ -71,6 +73,7 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
     strict: bool = False,
+    measured: bool = False,
     **recipe_fields: Any,
 ) -> Report:
     """Quantizes the experts of a model on disk and writes the result.
@@ -87,8 +90,10 @@ def quantize(
         executor: Who computes and writes the slabs in place of threads (see `save`).
         max_shard_size: Bytes after which another data file begins; one file where it is left out.
         resume: Keep what is written where the work is interrupted, and go on from there.
-        progress: Called as bytes are written.
+        progress: Called as bytes are written, and then as they are compared.
         strict: Refuse to write anything where a MoE node cannot be converted.
+        measured: Compare every expert that was written with the float one, for the errors in the
+            report. That reads both once more, which takes longer than quantizing by `"rtn"`.
         **recipe_fields: Fields of `Recipe` that differ from `recipe`.
 
     Returns:
@@ -103,13 +108,15 @@ def quantize(
     Example:
         >>> # quantize("model.onnx", "model-int4", bits=4, block_size=32)
     """
-    options = SaveOptions(workers, executor, max_shard_size, resume, progress)
     recipe = Recipe.of(recipe, **recipe_fields)
     found = locate(source)
     path = _destination_file(found, Path(destination))
     model, report = _planned(found, recipe)
     if strict:
         report.raise_if_skipped()
+    compared = measured_bytes(model) if measured else 0
+    writing = progress and _Part(progress, after=compared)
+    options = SaveOptions(workers, executor, max_shard_size, resume, writing)
     guard(model, path, frozenset({found.model.resolve()}))
     with stage_for(path, options) as stage:
         if found.folder is not None and path.parent != found.folder.resolve():
@@ -117,7 +124,38 @@ def quantize(
         written = write_model(model, stage, path.name, options)
         stage.commit(path.name)
     report.file_bytes_after = written
+    if measured:
+        comparing = progress and _Part(progress, before=written)
+        _measure(model, path, report, workers, comparing)
     return report
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The progress of a part of the work, as that of the whole.
+
+    Attributes:
+        whole: Is told.
+        before: Bytes of the parts that are done.
+        after: Bytes of the parts that follow.
+    """
+
+    whole: Progress
+    before: int = 0
+    after: int = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tells of it."""
+        self.whole(self.before + done, self.before + total + self.after)
+
+
+def _measure(
+    model: ir.Model, path: Path, report: Report, workers: int | None, progress: Progress | None
+) -> None:
+    try:
+        measure(model, load(path), report, workers=workers, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted while measuring; {path} is written") from None
 
 
 def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:

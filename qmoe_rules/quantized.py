@@ -22,7 +22,7 @@ class QuantizedWeights:
 
     Attributes:
         packed: uint8 [..., N, K*bits/8], least significant bits first (see `formats.pack`).
-        scales: [..., *Spec.scales_shape], already rounded to the type that is stored.
+        scales: `[..., *Spec.scales_shape]`, already rounded to the type that is stored.
         spec: The format, the block size and whether there are zero points.
         zero_points: uint8 of the scales' shape, unpacked; None means the format's zero point.
         global_scale: float32 [...], a second scale of every expert; None where there is none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,20 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.errors import UnsupportedNodeError
+from qmoe_rules.slices import Slices
+from qmoe_rules.stored import stored_projections
 from qmoe_rules.weights import resolve
 
-__all__ = ["CONVERTED", "KEPT", "SKIPPED", "Report", "Row", "human_bytes", "row_of"]
+__all__ = [
+    "CONVERTED",
+    "KEPT",
+    "SKIPPED",
+    "ProjectionRow",
+    "Report",
+    "Row",
+    "human_bytes",
+    "row_of",
+]
 
 _KEY = "qmoe_rules.row"
 
@@ -24,6 +36,25 @@ SKIPPED = "skipped"
 """A node that stays as it was, for a reason."""
 KEPT = "kept"
 """A node that is what it should be already; nothing to do."""
+
+
+@dataclass(frozen=True)
+class ProjectionRow:
+    """How one projection of a node is stored.
+
+    Attributes:
+        projection: `"fc1"`, `"fc2"` or `"fc3"`.
+        stored: The format and the block size, such as `"int4 block 32"`, or the float type.
+        weights: How many weights there are, of all experts.
+        bits: Bits per weight, scales and zero points included.
+        errors: ||stored - float|| / ||float|| of every expert; empty where it was not measured.
+    """
+
+    projection: str
+    stored: str
+    weights: int
+    bits: float
+    errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,7 @@ class Row:
         bytes_after: Bytes of codes and scales as they will be; equal to `bytes_before` for a node
             that stays.
         warnings: Facts about the node that its owner should know.
+        projections: How each projection is stored; empty where that cannot be read.
     """
 
     node: str
@@ -54,14 +86,18 @@ class Row:
     bytes_before: int = 0
     bytes_after: int = 0
     warnings: tuple[str, ...] = ()
+    projections: tuple[ProjectionRow, ...] = ()
 
 
 def row_of(node: ir.Node) -> Row:
     """Returns a row with a node's name, sizes and bytes; a QMoE is `KEPT`, a MoE `SKIPPED`."""
     given = ops.inputs(node)
-    weights = [value for name, value in given.items() if value and name in _EXPERT_INPUTS]
-    constants = [resolve(value) for value in weights]
-    nbytes = sum(slices.nbytes for slices in constants if not isinstance(slices, str))
+    constants = {
+        name: slices
+        for name, value in given.items()
+        if value and name in _EXPERT_INPUTS and not isinstance(slices := resolve(value), str)
+    }
+    nbytes = sum(slices.nbytes for slices in constants.values())
     experts, hidden, inter = _sizes(node, given)
     kept = ops.is_op(node, "QMoE")
     return Row(
@@ -73,6 +109,7 @@ def row_of(node: ir.Node) -> Row:
         inter=inter,
         bytes_before=nbytes,
         bytes_after=nbytes,
+        projections=_stored(node) if kept else _float(constants),
     )
 
 
@@ -81,6 +118,24 @@ _EXPERT_INPUTS = frozenset(
     for index in (1, 2, 3)
     for part in ("experts_weights", "scales", "zero_points")
 )
+
+
+def _float(constants: Mapping[str, Slices]) -> tuple[ProjectionRow, ...]:
+    return tuple(
+        ProjectionRow(name[:3], each.dtype.name, math.prod(each.shape), 8.0 * each.dtype.itemsize)
+        for name, each in constants.items()
+        if name.endswith("_experts_weights")
+    )
+
+
+def _stored(node: ir.Node) -> tuple[ProjectionRow, ...]:
+    stored = ops.refuse_unknown(node) or stored_projections(node)
+    if isinstance(stored, str):
+        return ()
+    return tuple(
+        ProjectionRow(name, str(each.spec), math.prod(each.shape), each.bits_per_weight)
+        for name, each in stored.items()
+    )
 
 
 def _sizes(node: ir.Node, given: Mapping[str, ir.Value | None]) -> tuple[int, int, int]:
@@ -114,7 +169,7 @@ class Report:
     file_bytes_after: int = 0
     # By a token that the node carries: names are unique within one scope only, and the node
     # itself would keep its whole graph alive.
-    _rows: dict[object, Row] = field(default_factory=dict)
+    _rows: dict[object, Row] = field(default_factory=dict, init=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and self.to_dict() == other.to_dict()
@@ -129,6 +184,15 @@ class Report:
     def record(self, node: ir.Node, row: Row) -> None:
         """Adds the row of a node, or replaces it: a later sweep knows better."""
         self._rows[node.meta.setdefault(_KEY, object())] = row
+
+    def row(self, node: ir.Node) -> Row | None:
+        """Returns the row of a node, None where it has none."""
+        return self._rows.get(node.meta.get(_KEY))
+
+    def replace(self, node: ir.Node, replacement: ir.Node) -> None:
+        """Lets the row of a node be that of the one that takes its place."""
+        if _KEY in node.meta:
+            replacement.meta[_KEY] = node.meta[_KEY]
 
     def forget(self, node: ir.Node) -> None:
         """Drops the row of a node, which another node will take the place of."""

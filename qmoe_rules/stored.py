@@ -7,6 +7,7 @@ the scales, whose rows are N in every layout, must bear it out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,11 @@ class StoredProjection:
     def bits(self) -> int:
         """Width of a code."""
         return self.spec.format.bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, with its share of everything else that is stored."""
+        return 8 * sum(each.nbytes for each in self.slices.values()) / (math.prod(self.shape) or 1)
 
     @property
     def dtype(self) -> np.dtype | None:

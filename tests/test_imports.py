@@ -60,6 +60,7 @@ EDGES = (
     "loading",
     "staging",
     "saving",
+    "measuring",
     "pipeline",
     "inspection",
     "reference",
@@ -67,10 +68,11 @@ EDGES = (
     "calibration",
     "verification",
     "testing",
+    "pages",
 )
 ORDER = (*NUMBERS, *GRAPHS, *EDGES, "integrations", "cli", "__init__", "__main__")
 
-LATE = ("numba", "onnxruntime", "hypothesis", "onnx", "rich", "safetensors")
+LATE = ("numba", "onnxruntime", "hypothesis", "jinja2", "onnx", "rich", "safetensors")
 
 
 @dataclass(frozen=True)

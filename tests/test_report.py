@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 
 from qmoe_rules import QuantizeMoEPass, Report, UnsupportedNodeError
-from qmoe_rules.report import CONVERTED, KEPT, SKIPPED, Row, human_bytes, row_of
+from qmoe_rules.report import (
+    CONVERTED,
+    KEPT,
+    SKIPPED,
+    ProjectionRow,
+    Row,
+    human_bytes,
+    row_of,
+)
 
 
 def node(name: str, output: str = "") -> ir.Node:
@@ -27,7 +36,15 @@ def report_of(*rows: Row) -> Report:
 
 
 MIXED = (
-    Row("a", CONVERTED, stored="int4 row, raw", bytes_before=80, bytes_after=12, warnings=("w",)),
+    Row(
+        "a",
+        CONVERTED,
+        stored="int4 row, raw",
+        bytes_before=80,
+        bytes_after=12,
+        warnings=("w",),
+        projections=(ProjectionRow("fc1", "int4 row", 20, 4.8, (0.5, 0.25)),),
+    ),
     Row("b", SKIPPED, reason="excluded by the recipe", bytes_before=80, bytes_after=80),
     Row("c", KEPT, reason="it is QMoE already"),
     Row("d", CONVERTED),
@@ -75,11 +92,19 @@ def test_ratio_is_before_over_after_and_unknown_without_sizes() -> None:
     assert Report(file_bytes_after=300).ratio is None
 
 
+def row_from(data: dict[str, Any]) -> Row:
+    projections = (
+        ProjectionRow(**{**each, "errors": tuple(each["errors"])}) for each in data["projections"]
+    )
+    lists = {"warnings": tuple(data["warnings"]), "projections": tuple(projections)}
+    return Row(**{**data, **lists})
+
+
 def test_json_holds_everything_and_comes_back() -> None:
     report = report_of(*MIXED)
     report.file_bytes_before, report.file_bytes_after = 5000, 2000
     data = json.loads(report.to_json())
-    rows = [Row(**{**row, "warnings": tuple(row["warnings"])}) for row in data.pop("nodes")]
+    rows = [row_from(row) for row in data.pop("nodes")]
     assert rows == report.rows
     assert data == {
         "converted": 2,
@@ -174,6 +199,10 @@ def test_row_of_a_float_node_and_of_the_qmoe_it_becomes(tiny_fp32: Path) -> None
         inter=128,
         bytes_before=1048576 + 524288,
         bytes_after=1048576 + 524288,
+        projections=(
+            ProjectionRow("fc1", "float32", 8 * 256 * 128, 32.0),
+            ProjectionRow("fc2", "float32", 8 * 128 * 128, 32.0),
+        ),
     )
     quantize = QuantizeMoEPass(bits=8, block_size=64)
     quantize(model)
@@ -185,9 +214,14 @@ def test_row_of_a_float_node_and_of_the_qmoe_it_becomes(tiny_fp32: Path) -> None
             stored="int8 block 64, raw",
             bytes_after=codes + scales,
             warnings=planned.warnings,
+            projections=(
+                ProjectionRow("fc1", "int8 block 64", 8 * 256 * 128, 8.5),
+                ProjectionRow("fc2", "int8 block 64", 8 * 128 * 128, 8.5),
+            ),
         )
         assert planned.warnings  # blockwise int8 is approximate on the CPU
     after = [row_of(found) for found in model.graph if found.op_type == "QMoE"]
     assert [row.status for row in after] == [KEPT, KEPT]
     assert [(row.experts, row.hidden, row.inter) for row in after] == [(8, 128, 128)] * 2
     assert [row.bytes_before for row in after] == [codes + scales] * 2
+    assert [row.projections for row in after] == [planned.projections] * 2

@@ -19,7 +19,7 @@ from qmoe_rules.cli._commands import parser
 from qmoe_rules.cli._printing import plain
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

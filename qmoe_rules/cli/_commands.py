@@ -10,6 +10,7 @@ from typing import Any
 
 from qmoe_rules.cli import _calibrate, _verify
 from qmoe_rules.cli._options import (
+    add_html_option,
     add_recipe_options,
     add_save_options,
     recipe_of,
@@ -25,8 +26,10 @@ from qmoe_rules.cli._printing import (
 )
 from qmoe_rules.inspection import inspect
 from qmoe_rules.kernels import GARBAGE
+from qmoe_rules.pages import report_page, write_page
 from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.providers import TARGETS
+from qmoe_rules.report import Report
 
 __all__ = ["parser"]
 
@@ -48,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     add_save_options(command)
     for name in ("plan", "quantize"):
         add_recipe_options(commands.choices[name])
+    add_html_option(commands.choices["plan"], "write the report as a web page too")
+    add_html_option(
+        commands.choices["quantize"],
+        "write the report as a web page too, with the error of every expert: both models are read "
+        "once more for it",
+    )
     command = _add_command(commands, "inspect", _inspect, "list a model's MoE and QMoE nodes")
     command.add_argument(
         "--target",
@@ -72,6 +81,7 @@ def _add_command(
 def _plan(arguments: argparse.Namespace) -> int:
     report = plan(arguments.model, recipe_of(arguments))
     print_report(report, arguments.json)
+    _save_page(report, arguments)
     if arguments.fail_if_skipped:
         report.raise_if_skipped()
     return 0
@@ -91,10 +101,20 @@ def _quantize(arguments: argparse.Namespace) -> int:
             recipe_of(arguments),
             progress=advance,
             strict=arguments.fail_if_skipped,
+            measured=arguments.html is not None,
             **options,
         )
     print_report(report, arguments.json)
+    _save_page(report, arguments, destination=arguments.destination)
     return 0
+
+
+def _save_page(report: Report, arguments: argparse.Namespace, destination: str = "") -> None:
+    if arguments.html is not None:
+        page = report_page(
+            report, recipe_of(arguments), source=arguments.model, destination=destination
+        )
+        write_page(page, arguments.html)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

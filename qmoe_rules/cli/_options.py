@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qmoe_rules.errors import SaveError
 from qmoe_rules.options import OPTIONS
+from qmoe_rules.pages import check_page
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.sizes import parse_bytes
 
 __all__ = [
+    "add_html_option",
     "add_recipe_options",
     "add_save_options",
     "byte_count",
+    "page_file",
     "positive_number",
     "recipe_of",
     "save_options_of",
@@ -48,6 +52,11 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Returns the recipe that parsed arguments ask for."""
     return Recipe.of(**{option.name: getattr(arguments, option.name) for option in OPTIONS})
+
+
+def add_html_option(command: argparse.ArgumentParser, text: str) -> None:
+    """Adds `--html`, with what it says."""
+    command.add_argument("--html", type=page_file, metavar="FILE", help=text)
 
 
 def add_save_options(command: argparse.ArgumentParser) -> None:
@@ -89,8 +98,8 @@ def save_options_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         with cluster(arguments.dask) as (executor, threads):
             yield {**options, "executor": executor, "workers": arguments.workers or threads}
-    except KeyboardInterrupt:
-        if arguments.resume:
+    except KeyboardInterrupt as interrupt:
+        if arguments.resume and not interrupt.args:  # which say what is written already
             raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         raise
 
@@ -101,6 +110,15 @@ def positive_number(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
+
+
+def page_file(text: str) -> str:
+    """Returns the name of a page; nothing but a page may be called so, no model at any rate."""
+    try:
+        check_page(text)
+    except SaveError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def byte_count(text: str) -> int:

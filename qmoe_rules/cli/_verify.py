@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from qmoe_rules.cli._options import add_html_option
 from qmoe_rules.cli._printing import cell, print_json, show
 from qmoe_rules.errors import SourceError
+from qmoe_rules.pages import verification_page, write_page
 from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.verification import (
     NodeResult,
@@ -64,6 +66,9 @@ def add(commands: Any) -> None:
         action="store_true",
         help="do not compare the outputs of the whole models, which holds each in memory in turn",
     )
+    add_html_option(
+        command, "write what was found as a web page too, with the error of every expert"
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -81,6 +86,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         print_json(report.to_dict())
     else:
         show(*([_table(report.nodes)] if report.nodes else []), *_lines(report))
+    if arguments.html is not None:
+        page = verification_page(report, before=arguments.before, after=arguments.after)
+        write_page(page, arguments.html)
     return int(not report.passed)
 
 

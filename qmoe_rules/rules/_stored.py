@@ -139,5 +139,5 @@ class StoredRule(RewriteRuleClassBase):
             return dataclasses.replace(row, status=KEPT, reason=kept)
         if refused := self.refuse(node, found):
             return dataclasses.replace(row, status=SKIPPED, reason=refused)
-        facts = self.facts(node, found)
+        facts = {"projections": (), **self.facts(node, found)}
         return dataclasses.replace(row, status=CONVERTED, reason="", **facts)

@@ -22,7 +22,7 @@ from qmoe_rules.fingerprints import refuse_calibration
 from qmoe_rules.kernels import GATED, Facts
 from qmoe_rules.lazy import Projection, plan_values
 from qmoe_rules.recipe import Recipe
-from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, row_of
+from qmoe_rules.report import CONVERTED, SKIPPED, ProjectionRow, Report, Row, row_of
 from qmoe_rules.rules._leftovers import Leftovers, carry_notes
 from qmoe_rules.rules.normalize_moe import REFUSED
 from qmoe_rules.statistics import ProjectionStatistics
@@ -149,6 +149,7 @@ class MoEToQMoE(RewriteRuleClassBase):
             **_qmoe_attributes(conversion),
         )
         carry_notes(moe, quantized)
+        self._report.replace(node, ops.producer(quantized))
         weights, spec = conversion.projections["fc1"].weights, conversion.projections["fc1"].spec
         if quantized.dtype is None and spec.format.scale is not None:  # the scales do not tell it
             quantized.type = ir.TensorType(ir.DataType.from_numpy(weights.dtype))
@@ -225,6 +226,10 @@ def _row(node: ir.Node, found: _Conversion | str) -> Row:
         stored=found.recipe.describe(),
         bytes_after=sum(projection.nbytes for projection in found.projections.values()),
         warnings=_warnings(node, found),
+        projections=tuple(
+            ProjectionRow(name, str(each.spec), math.prod(each.weights.shape), each.bits_per_weight)
+            for name, each in found.projections.items()
+        ),
     )
 
 

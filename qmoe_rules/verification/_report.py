@@ -61,19 +61,23 @@ class ProjectionResult:
     Attributes:
         projection: `"fc1"` or `"fc2"`.
         stored: How it is stored, such as `"int4 block 32"`.
+        bits: Bits per weight, scales and zero points included.
         expert: The worst expert.
         error: Its ||stored - float|| / ||float||.
         bound: What `error` may be.
         follow: The least correlation, over the experts, of the stored scales with those that
             the float weights ask for; None where there are too few, or all are alike.
+        errors: The error of every expert.
     """
 
     projection: str
     stored: str
+    bits: float
     expert: int
     error: float
     bound: float
     follow: float | None
+    errors: tuple[float, ...]
 
 
 @dataclass(frozen=True)

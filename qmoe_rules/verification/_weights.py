@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_rules.formats import Spec
+from qmoe_rules.measuring import relative_error
 from qmoe_rules.quantizers.rtn import rtn
 from qmoe_rules.stored import StoredProjection
 from qmoe_rules.verification._report import Failure, ProjectionResult
@@ -60,7 +61,16 @@ def check_projection(
     worst = max(experts, key=_excess)
     follows = {each.follow: each.index for each in experts if each.follow is not None}
     follow = min(follows, default=None)
-    result = ProjectionResult(name, str(stored.spec), worst.index, worst.error, worst.bound, follow)
+    result = ProjectionResult(
+        name,
+        str(stored.spec),
+        stored.bits_per_weight,
+        worst.index,
+        worst.error,
+        worst.bound,
+        follow,
+        tuple(each.error for each in experts),
+    )
     failures = []
     if not worst.error <= worst.bound:
         failures.append(
@@ -86,22 +96,15 @@ def _experts(weights: ExpertWeights, stored: StoredProjection) -> Iterator[_Expe
         weight = np.ascontiguousarray(weights.expert(index))
         found = stored.expert(index)
         nearest = rtn(weight, stored.spec)
-        bound = min(_FACTOR * _error(weight, nearest.dequantize()) + _ROUNDING, _WORST)
+        bound = min(_FACTOR * relative_error(weight, nearest.dequantize()) + _ROUNDING, _WORST)
         yield _Expert(
             index,
-            _error(weight, found.dequantize()),
+            relative_error(weight, found.dequantize()),
             bound,
             _follow(found.scales, nearest.scales, stored.spec),
         )
         weights.release(index)
         stored.release(index)
-
-
-def _error(weight: npt.NDArray[Any], real: npt.NDArray[np.float32]) -> float:
-    """Returns ||real - weight|| / ||weight||; where the weight is zero, ||real||."""
-    wide = weight.astype(np.float32)
-    norm = float(np.linalg.norm(wide))
-    return float(np.linalg.norm(real - wide)) / (norm or 1.0)
 
 
 def _follow(scales: npt.NDArray[Any], expected: npt.NDArray[Any], spec: Spec) -> float | None:
