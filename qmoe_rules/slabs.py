@@ -105,6 +105,10 @@ class Place:
     offset: int
     nbytes: int
 
+    def moved(self, slabs: int) -> Place:
+        """Returns the same part's place so many slabs further on."""
+        return Place(self.part, self.file, self.offset + slabs * self.nbytes, self.nbytes)
+
 
 @dataclass(frozen=True)
 class SlabWork:

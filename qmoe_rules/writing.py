@@ -120,8 +120,9 @@ def _tasks(
             yield _Work(partial(threads.submit, copy), extent.tensor.nbytes, _ignore)
     save = uuid.uuid4().hex
     for projection, parts in planned.items():
+        firsts = _first_places(projection, parts)
         for expert in range(projection.experts):
-            places = _places(projection, expert, parts)
+            places = tuple(place.moved(expert) for place in firsts)
             slab = _PlannedSlab(projection, expert, folder, places, journal is not None)
             nbytes = sum(place.nbytes for place in places)
             if journal is not None and journal.has(places):
@@ -165,23 +166,22 @@ def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
     def finished() -> int:
         future = done.get()
         work = pending.pop(future)
-        with _naming_lost_workers():
-            work.finish(future.result())
+        work.finish(future.result())
         return work.nbytes
 
     try:
-        for work in tasks:
-            if work.begin is None:
-                yield work.nbytes
-                continue
-            if len(pending) >= limit:
-                yield finished()
-            with _naming_lost_workers():
+        with _naming_lost_workers():
+            for work in tasks:
+                if work.begin is None:
+                    yield work.nbytes
+                    continue
+                if len(pending) >= limit:
+                    yield finished()
                 future = work.begin()
-            pending[future] = work
-            future.add_done_callback(done.put)
-        while pending:
-            yield finished()
+                pending[future] = work
+                future.add_done_callback(done.put)
+            while pending:
+                yield finished()
     finally:
         wait([future for future in pending if not future.cancel()])
         for future, work in pending.items():  # what is done is done, whatever has gone wrong
@@ -203,14 +203,15 @@ def _naming_lost_workers() -> Iterator[None]:
         raise SaveError(f"a worker was lost before it had written a slab: {reason}") from error
 
 
-def _places(projection: Projection, expert: int, parts: Sequence[Extent]) -> tuple[Place, ...]:
+def _first_places(projection: Projection, parts: Sequence[Extent]) -> list[Place]:
+    """Returns where the parts of the first expert go; those of the others follow."""
     places = []
     for extent in parts:
         if not isinstance(extent.tensor, PlannedTensor):
             raise AssertionError(f"{extent.value.name} is not planned")
-        part, nbytes = extent.tensor.part, extent.tensor.nbytes // projection.experts
-        places.append(Place(part, extent.file, extent.offset + expert * nbytes, nbytes))
-    return tuple(places)
+        part = extent.tensor.part
+        places.append(Place(part, extent.file, extent.offset, projection.slab_nbytes(part)))
+    return places
 
 
 def _ignore(_result: int) -> None:
