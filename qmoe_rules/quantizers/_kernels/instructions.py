@@ -1,4 +1,4 @@
-"""LLVM instructions that numba does not offer, on one value or on a vector of `LANES` values.
+"""LLVM instructions that numba does not offer, on one value or on vectors of `LANES` or `WIDE`.
 
 Vectors are written by hand because LLVM's own vectorizer gives up on loops as short as a block.
 LLVM makes of them what a processor has: AVX-512, AVX2, SSE or NEON.

@@ -10,8 +10,9 @@ first-level cache:
 3. codes, one byte each;
 4. pack: eight codes become one integer, whose bytes are stored.
 
-Steps 1 and 3 work on `LANES` columns at once. A step may write a vector beyond its block or row:
-the next block writes over it, and buffers are a vector too long.
+Step 1 works on `LANES` columns at once, step 3 on as many or, for integers, on `WIDE`. A step may
+write a vector beyond its block or row: the next block writes over it, and buffers are a vector too
+long.
 
 What is exact: keys are integers; a 16-bit float becomes a float32 without rounding;
 every other step is the one float32 operation that numpy does. So `rtn.rtn_numpy` and the numpy
@@ -141,8 +142,9 @@ def _buffers(columns: int) -> Any:
 def _pack(codes: Any, bits: int, buffer: Any, packed: Any) -> None:
     """Packs a row of codes, least significant bits first.
 
-    Every eight codes become the low `bits` bytes of one integer, in three halvings. Where three
-    bytes are stored, what is written beyond them is written over by the next ones.
+    Codes of 4 bits pair by pair. Of 2 and 3 bits every eight codes become the low `bits` bytes of
+    one integer, in three halvings; where three bytes are stored, what is written beyond them is
+    written over by the next ones.
     """
     if bits == 8:
         _copy(codes[: packed.size], packed)
