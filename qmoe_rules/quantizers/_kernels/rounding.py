@@ -8,7 +8,7 @@ first-level cache:
    infinities and NaN on the way;
 2. scales, of all blocks of the row;
 3. codes, one byte each;
-4. pack: eight codes become one integer, whose bytes are stored.
+4. pack: the codes that share bytes become one integer, whose bytes are stored.
 
 Step 1 works on `LANES` columns at once, step 3 on as many or, for integers, on `WIDE`. A step may
 write a vector beyond its block or row: the next block writes over it, and buffers are a vector too
