@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,12 +80,14 @@ def packages() -> Iterator[str]:
             yield f"no {name}"
 
 
-def section(script: Path, printed: str) -> str:
-    """Returns what a benchmark says of itself, and what it has printed."""
+def section(script: Path, given: Sequence[str], printed: str) -> str:
+    """Returns what a benchmark says of itself, its arguments, and what it has printed."""
     about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
     title, _, rest = about.partition("\n")
     lines = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
-    return f"## {title.rstrip('.')}\n\n{rest.strip(chr(10))}\n\n```text\n{lines}\n```\n"
+    command = " ".join(["$ python", f"benchmarks/{script.name}", *given])
+    about = f"## {title.rstrip('.')}\n\n{rest.strip(chr(10))}\n"
+    return f"{about}\n```text\n{command}\n{lines}\n```\n"
 
 
 def main() -> int:
@@ -101,16 +103,15 @@ def main() -> int:
     page, failed = [INTRODUCTION, f"Measured {machine()}\n"], []
     for name in arguments.only:
         bench, script = BENCHES[name], HERE / f"{name}.py"
-        given = [*bench.small] if arguments.small else []
-        if bench.writes and arguments.folder:
-            given += ["--folder", arguments.folder]
+        given = bench.small if arguments.small else ()
+        where = ["--folder", arguments.folder] if bench.writes and arguments.folder else []
         print(f"\n{name} {' '.join(given)}", flush=True)
-        command = [sys.executable, str(script), *given]
+        command = [sys.executable, str(script), *given, *where]
         run = subprocess.run(
             command, env=environment, check=False, stdout=subprocess.PIPE, encoding="utf-8"
         )
         print(run.stdout, flush=True)
-        page.append(section(script, run.stdout))
+        page.append(section(script, given, run.stdout))
         if run.returncode:
             failed.append(name)
     if failed:
