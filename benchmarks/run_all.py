@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -64,11 +65,12 @@ def machine() -> str:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = f", {size / 1e9:.0f} GB of memory"
     busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    return (
-        f"{datetime.datetime.now(tz=datetime.UTC).date()}, {next(named, platform.processor())}, "
+    sentence = (
+        f"Measured {datetime.datetime.now(tz=datetime.UTC).date()}, {next(named, platform.processor())}, "
         f"{os.cpu_count()} processors{memory}, {platform.system()} {platform.release()}; Python "
         f"{platform.python_version()}, {', '.join(packages())}. Load before it began: {busy}."
     )
+    return textwrap.fill(sentence, 100, break_on_hyphens=False)
 
 
 def packages() -> Iterator[str]:
@@ -100,7 +102,7 @@ def main() -> int:
     arguments = parser.parse_args()
     # Some build their models with what the tests have.
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    page, failed = [INTRODUCTION, f"Measured {machine()}\n"], []
+    page, failed = [INTRODUCTION, f"{machine()}\n"], []
     for name in arguments.only:
         bench, script = BENCHES[name], HERE / f"{name}.py"
         given = bench.small if arguments.small else ()
