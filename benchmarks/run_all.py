@@ -66,7 +66,8 @@ def machine() -> str:
         memory = f", {size / 1e9:.0f} GB of memory"
     busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     sentence = (
-        f"Measured {datetime.datetime.now(tz=datetime.UTC).date()}, {next(named, platform.processor())}, "
+        f"Measured {datetime.datetime.now(tz=datetime.UTC).date()}, "
+        f"{next(named, platform.processor())}, "
         f"{os.cpu_count()} processors{memory}, {platform.system()} {platform.release()}; Python "
         f"{platform.python_version()}, {', '.join(packages())}. Load before it began: {busy}."
     )
