@@ -244,6 +244,8 @@ def main() -> None:
     for each, s in zip(everyone, seconds, strict=True):
         other = each.who != OURS and each.what in own
         faster = f"{s / own[each.what]:.1f}x" if other else ""
+        if each.threads > 1:
+            faster = f"{own[each.what] / s:.2f}x of one thread's speed"
         speed, ratio = weights[0].nbytes / s / 1e9, seconds[0] / s
         table.add_row(each.who, each.what, f"{speed:.2f}", f"{ratio:.3f}", faster)
     console = Console(width=100)
