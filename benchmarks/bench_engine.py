@@ -8,10 +8,10 @@ machine for a while disturbs all of them. GB/s are bytes of source per second. "
 ratio to np.copyto of the same weights to as much memory; "ours is" says how many times faster
 qmoe_rules is at the same format, block size and layout.
 
-qmoe_rules runs in one thread where no number of threads is given. ONNX Runtime's and torch's tools
-take as many threads as they like. `--cpu` counts the processor time of all threads, which a busy
-machine disturbs less than the clock on the wall. Weights that do not fit in the caches are the
-honest case: the default is 16 experts of 8 MB.
+Everybody runs in one thread where no number of threads is given, torch too; ONNX Runtime's
+`quantize_matmul_*bits` takes what it likes. `--cpu` counts the processor time of all threads, which
+a busy machine disturbs less than the clock on the wall, and leaves out who takes several. Weights
+that do not fit in the caches are the honest case: the default is 16 experts of 8 MB.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _nbits(tool: Any, bits: int, block: int, symmetric: bool) -> Callable[[Weigh
 
 def onnxruntimes_cuda_quantizer() -> Iterator[Contender]:
     """Yields the tool with which models for the CUDA provider are built, on torch."""
-    torch = _imported("torch")
+    torch: Any = _imported("torch")
+    torch.set_num_threads(1)
     tool: Any = _imported("onnxruntime.quantization.cuda_quantizer").CudaQuantizer
     logging.getLogger("onnxruntime.quantization.cuda_quantizer").setLevel(logging.ERROR)
     who = "onnxruntime cuda_quantizer"
@@ -231,18 +232,23 @@ def main() -> None:
         np.float16
     )
     everyone, absent = contenders(arguments.quick, shape)
+    if arguments.cpu:
+        everyone = [each for each in everyone if each.threads == 1]
     clock = time.process_time if arguments.cpu else time.perf_counter
     seconds = measure(everyone, weights, arguments.repeats, clock)
 
-    table = Table("who", "what", "GB/s", "of memcpy", "ours is")
+    kind = "processor time" if arguments.cpu else "wall time"
+    title = f"float16 weights [E, N, K] = {list(shape)}, {kind}, best of {arguments.repeats}"
+    table = Table("who", "what", "GB/s", "of memcpy", "ours is", title=title, box=None)
     own = {each.what: s for each, s in zip(everyone, seconds, strict=True) if each.who == OURS}
     for each, s in zip(everyone, seconds, strict=True):
         other = each.who != OURS and each.what in own
         faster = f"{s / own[each.what]:.1f}x" if other else ""
+        if each.threads > 1:
+            faster = f"{own[each.what] / s:.2f}x of one thread's speed"
         speed, ratio = weights[0].nbytes / s / 1e9, seconds[0] / s
         table.add_row(each.who, each.what, f"{speed:.2f}", f"{ratio:.3f}", faster)
     console = Console(width=100)
-    console.print(f"float16 weights [E, N, K] = {list(shape)}, best of {arguments.repeats}")
     console.print(table)
     for line in absent:
         console.print(line)

@@ -1,47 +1,97 @@
 """Runs every benchmark that needs no GPU and no model from elsewhere, one after the other.
 
-    python benchmarks/run_all.py [--small] [--only NAME ...] [--folder FOLDER]
+    python benchmarks/run_all.py [--small] [--only NAME ...] [--folder FOLDER] [--out docs/speed.md]
 
 With `--small` each takes seconds: that shows that it runs, and its figures mean little. Without, it
-takes the better part of an hour on two processors, 20 GB of disk, and a quiet machine. The rest:
-`bench_gpu.py` needs a GPU, and `exporters.py` and `quality.py` need models.
+takes half an hour on two processors, 20 GB of disk, and a quiet machine. `--out` writes what they
+print as a page. The rest: `bench_gpu.py` needs a GPU, and `exporters.py` and `quality.py` need
+models.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import datetime
 import os
+import platform
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PACKAGES = ("numpy", "numba", "onnx-ir", "onnxscript", "onnxruntime", "torch", "gguf")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark: its arguments, and those with which it takes seconds."""
+    """A benchmark: the arguments with which it takes seconds, and whether it writes files."""
 
-    full: tuple[str, ...] = ()
-    small: tuple[str, ...] = ()
-    writes: bool = False
+    small: tuple[str, ...]
+    writes: bool = True
 
 
 BENCHES = {
-    "bench_engine": Bench(small=("--quick", "--repeats", "1")),
-    "bench_methods": Bench(small=("--experts", "2", "--hidden", "256", "--inter", "128")),
-    "bench_file": Bench(small=("--gb", "1.2", "--rounds", "1"), writes=True),
-    "bench_memory": Bench(small=("--gb", "1.2"), writes=True),
+    "bench_engine": Bench(("--quick", "--repeats", "1"), writes=False),
+    "bench_methods": Bench(("--experts", "2", "--hidden", "256", "--inter", "128"), writes=False),
+    "bench_file": Bench(("--gb", "1.2", "--rounds", "1")),
+    "bench_memory": Bench(("--gb", "1.2")),
     "bench_plan": Bench(
-        small=(
-            *("--nodes", "100", "200", "--layers", "2", "--experts", "64"),
+        (
+            *("--nodes", "100", "200", "--layers", "1", "2", "--experts", "64"),
             *("--sparse-gb", "1.2", "--rounds", "2"),
-        ),
-        writes=True,
+        )
     ),
-    "bench_fuse": Bench(full=("128",), small=("8",)),
 }
+
+INTRODUCTION = """\
+# Speed and memory
+
+Every table is of one run on one machine: ratios inside a table mean something, absolute times only
+there. `python benchmarks/run_all.py --out docs/speed.md` measures and writes this page.
+"""
+
+
+def machine() -> str:
+    """Returns a sentence on when, where and with what."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = ""
+    if hasattr(os, "sysconf"):
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = f", {size / 1e9:.0f} GB of memory"
+    busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    sentence = (
+        f"Measured {datetime.datetime.now(tz=datetime.UTC).date()}, "
+        f"{next(named, platform.processor())}, "
+        f"{os.cpu_count()} processors{memory}, {platform.system()} {platform.release()}; Python "
+        f"{platform.python_version()}, {', '.join(packages())}. Load before it began: {busy}."
+    )
+    return textwrap.fill(sentence, 100, break_on_hyphens=False)
+
+
+def packages() -> Iterator[str]:
+    """Yields the versions of what has a part in the figures."""
+    for name in PACKAGES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"no {name}"
+
+
+def section(script: Path, given: Sequence[str], printed: str) -> str:
+    """Returns what a benchmark says of itself, its arguments, and what it has printed."""
+    about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
+    title, _, rest = about.partition("\n")
+    lines = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
+    command = " ".join(["$ python", f"benchmarks/{script.name}", *given])
+    about = f"## {title.rstrip('.')}\n\n{rest.strip(chr(10))}\n"
+    return f"{about}\n```text\n{command}\n{lines}\n```\n"
 
 
 def main() -> int:
@@ -50,21 +100,28 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="sizes that take seconds")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--folder", help="where to write (default: the temporary one)")
+    parser.add_argument("--out", type=Path, help="the page to write")
     arguments = parser.parse_args()
     # Some build their models with what the tests have.
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    failed = []
+    page, failed = [INTRODUCTION, f"{machine()}\n"], []
     for name in arguments.only:
-        bench = BENCHES[name]
-        given = [*(bench.small if arguments.small else bench.full)]
-        if bench.writes and arguments.folder:
-            given += ["--folder", arguments.folder]
+        bench, script = BENCHES[name], HERE / f"{name}.py"
+        given = bench.small if arguments.small else ()
+        where = ["--folder", arguments.folder] if bench.writes and arguments.folder else []
         print(f"\n{name} {' '.join(given)}", flush=True)
-        command = [sys.executable, str(HERE / f"{name}.py"), *given]
-        if subprocess.run(command, env=environment, check=False).returncode:
+        command = [sys.executable, str(script), *given, *where]
+        run = subprocess.run(
+            command, env=environment, check=False, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        print(run.stdout, flush=True)
+        page.append(section(script, given, run.stdout))
+        if run.returncode:
             failed.append(name)
     if failed:
         print(f"\nfailed: {', '.join(failed)}")
+    elif arguments.out:
+        arguments.out.write_text("\n".join(page), encoding="utf-8")
     return int(bool(failed))
 
 

@@ -11,8 +11,9 @@ import os
 import stat
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,23 @@ import onnx_ir as ir
 
 from qmoe_rules.errors import SourceError
 
-__all__ = ["array", "chunks", "drop_pages", "forget", "in_memory", "made", "resolved_file"]
+__all__ = [
+    "array",
+    "chunks",
+    "drop_pages",
+    "forget",
+    "in_memory",
+    "keeping",
+    "made",
+    "resolved_file",
+]
 
 Array = npt.NDArray[np.generic]
 
 _lock = threading.RLock()  # a tensor that is made may read others
-_maps: weakref.WeakValueDictionary[tuple[str, int, int], mmap.mmap] = weakref.WeakValueDictionary()
+_maps: weakref.WeakValueDictionary[tuple[object, ...], mmap.mmap] = weakref.WeakValueDictionary()
+_recent: deque[mmap.mmap] = deque(maxlen=16)
+_keepers: set[object] = set()
 _CHUNK_BYTES = 16 << 20
 _MADE_KEPT = 4
 _made: OrderedDict[int, tuple[ir.TensorProtocol, Array]] = OrderedDict()
@@ -129,14 +141,40 @@ def forget() -> None:
         _made.clear()
 
 
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Keeps files mapped from one read to the next, the last few, and lets go of all in the end.
+
+    Without it a file is mapped as long as somebody looks at an array of it.
+    """
+    keeper = object()
+    _keepers.add(keeper)
+    try:
+        yield
+    finally:
+        _keepers.remove(keeper)
+        if not _keepers:
+            _recent.clear()
+        forget()
+
+
 def _map(tensor: ir.ExternalTensor) -> mmap.mmap:
-    path = str(resolved_file(tensor))
-    with _lock, open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        # Another file may have taken the name since: the old mapping is not of that one.
-        key = (path, status.st_ino, status.st_size)
-        mapped = _maps.get(key)
-        if mapped is None:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _maps[key] = mapped
+    # Another file may have taken the name since: the old mapping is not of that one.
+    mapped = _maps.get(_identity(tensor, os.stat(tensor.path)))
+    if mapped is None:
+        with _lock, resolved_file(tensor).open("rb") as file:
+            key = _identity(tensor, os.fstat(file.fileno()))
+            mapped = _maps.get(key)
+            if mapped is None:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                _maps[key] = mapped
+    if _keepers:
+        with _lock:
+            if mapped not in _recent:
+                _recent.append(mapped)
     return mapped
+
+
+def _identity(tensor: ir.ExternalTensor, status: os.stat_result) -> tuple[object, ...]:
+    """Returns what tells a file, and the way that a tensor names it, from all others."""
+    return tensor.base_dir, tensor.location, status.st_dev, status.st_ino, status.st_size

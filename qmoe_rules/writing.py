@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
-    FIRST_COMPLETED,
     BrokenExecutor,
     CancelledError,
     Executor,
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import onnx_ir as ir
@@ -74,7 +74,7 @@ def write_data(
     total, done = sum(extent.tensor.nbytes for extent in extents), 0
     workers = workers or processors()
     with ExitStack() as stack:
-        stack.callback(files.forget)
+        stack.enter_context(files.keeping())
         threads = ThreadPoolExecutor(workers)
         stack.callback(threads.shutdown, cancel_futures=True)
         tasks = _tasks(extents, folder, threads, executor, journal)
@@ -120,13 +120,15 @@ def _tasks(
             yield _Work(partial(threads.submit, copy), extent.tensor.nbytes, _ignore)
     save = uuid.uuid4().hex
     for projection, parts in planned.items():
+        firsts = _first_places(projection, parts)
         for expert in range(projection.experts):
-            slab = _PlannedSlab(projection, expert, folder, _places(projection, expert, parts))
-            nbytes = sum(place.nbytes for place in slab.places)
-            if journal is not None and journal.has(slab.places):
+            places = tuple(place.moved(expert) for place in firsts)
+            slab = _PlannedSlab(projection, expert, folder, places, journal is not None)
+            nbytes = sum(place.nbytes for place in places)
+            if journal is not None and journal.has(places):
                 yield _Work(None, nbytes, _ignore)
                 continue
-            finish = _ignore if journal is None else partial(journal.record, slab.places)
+            finish = _ignore if journal is None else partial(journal.record, places)
             if executor is None:
                 yield _Work(partial(threads.submit, slab), nbytes, finish)
             else:
@@ -135,21 +137,22 @@ def _tasks(
 
 @dataclass(frozen=True)
 class _PlannedSlab:
-    """One expert of a projection, and where it goes."""
+    """One expert of a projection, where it goes, and whether its checksum is wanted."""
 
     projection: Projection
     expert: int
     folder: Path
     places: tuple[Place, ...]
+    prove: bool
 
     def __call__(self) -> int:
         """Computes and writes the slab here; returns its checksum."""
-        return write_slab(self.projection.slab(self.expert), self.folder, self.places)
+        return write_slab(self.projection.slab(self.expert), self.folder, self.places, self.prove)
 
     def send(self, executor: Executor, save: str) -> Future[int]:
         """Lets an executor do it. Those that remember results, as Dask's, tell saves apart."""
         work = self.projection.portable_work(self.expert)
-        future = executor.submit(work, self.folder, self.places, save)
+        future = executor.submit(work, self.folder, self.places, self.prove, save)
         if not isinstance(work.source, FileSlice):
             future.add_done_callback(lambda _: self.projection.weights.release(self.expert))
         return future
@@ -158,31 +161,32 @@ class _PlannedSlab:
 def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
     """Runs the work, at most `limit` pieces at a time, and yields the bytes of what is done."""
     pending: dict[Future[int], _Work] = {}
+    done: SimpleQueue[Future[int]] = SimpleQueue()
+
+    def finished() -> int:
+        future = done.get()
+        work = pending.pop(future)
+        work.finish(future.result())
+        return work.nbytes
+
     try:
-        for work in tasks:
-            if work.begin is None:
-                yield work.nbytes
-                continue
-            if len(pending) >= limit:
-                yield from _finished(pending)
-            with _naming_lost_workers():
-                pending[work.begin()] = work
-        while pending:
-            yield from _finished(pending)
+        with _naming_lost_workers():
+            for work in tasks:
+                if work.begin is None:
+                    yield work.nbytes
+                    continue
+                if len(pending) >= limit:
+                    yield finished()
+                future = work.begin()
+                pending[future] = work
+                future.add_done_callback(done.put)
+            while pending:
+                yield finished()
     finally:
         wait([future for future in pending if not future.cancel()])
         for future, work in pending.items():  # what is done is done, whatever has gone wrong
             if not future.cancelled() and future.done() and future.exception() is None:
                 work.finish(future.result())
-
-
-def _finished(pending: dict[Future[int], _Work]) -> Iterator[int]:
-    """Yields the bytes of the work that is done, after waiting for some."""
-    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-        work = pending.pop(future)
-        with _naming_lost_workers():
-            work.finish(future.result())
-        yield work.nbytes
 
 
 @contextmanager
@@ -199,15 +203,15 @@ def _naming_lost_workers() -> Iterator[None]:
         raise SaveError(f"a worker was lost before it had written a slab: {reason}") from error
 
 
-def _places(projection: Projection, expert: int, parts: Sequence[Extent]) -> tuple[Place, ...]:
+def _first_places(projection: Projection, parts: Sequence[Extent]) -> list[Place]:
+    """Returns where the parts of the first expert go; those of the others follow."""
     places = []
     for extent in parts:
         if not isinstance(extent.tensor, PlannedTensor):
             raise AssertionError(f"{extent.value.name} is not planned")
         part = extent.tensor.part
-        nbytes = projection.slab_nbytes(part)
-        places.append(Place(part, extent.file, extent.offset + expert * nbytes, nbytes))
-    return tuple(places)
+        places.append(Place(part, extent.file, extent.offset, projection.slab_nbytes(part)))
+    return places
 
 
 def _ignore(_result: int) -> None:

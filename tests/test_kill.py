@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmoe_rules import quantize
-from tests.saves import OPTIONS, RECIPE, copied, logits, snapshot, tensors
+from tests.saves import OPTIONS, RECIPE, SLABS, copied, logits, snapshot, tensors
 
 DEFAULT, ALL = 6, 66
 SHARD = 300_000
@@ -129,7 +129,7 @@ def test_kills_strike_in_the_middle_of_a_save(tiny_fp32: Path, tmp_path: Path) -
     source = copied(tiny_fp32, tmp_path / "source").parent
     (tmp_path / "count").mkdir()
     count = events(tmp_path / "count", source)
-    assert count > 100
+    assert count > SLABS
     killed = child(tmp_path / "count", source, count // 2, 0)
     assert killed.returncode == -signal.SIGKILL
     (hidden,) = (tmp_path / "count" / "out").glob(".qmoe-*")

@@ -33,7 +33,6 @@ from qmoe_rules import (
 )
 from qmoe_rules.cli import main
 from qmoe_rules.lazy import PlannedTensor
-from qmoe_rules.slabs import Place, Slab
 
 RECIPE: dict[str, Any] = {"bits": 4, "block_size": 32}
 SLABS = 2 * 2 * 8  # layers, projections, experts of the tiny models
@@ -458,10 +457,10 @@ def _disk_is_full(monkeypatch: pytest.MonkeyPatch, source: Path) -> type[BaseExc
     countdown = iter(range(SLABS // 2, -1, -1))
     write = slabs.write_slab
 
-    def full(slab: Slab, folder: Path, places: tuple[Place, ...]) -> int:
+    def full(*arguments: Any) -> int:
         if next(countdown, 0) == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(slab, folder, places)
+        return write(*arguments)
 
     monkeypatch.setattr(writing, "write_slab", full)
     return SaveError

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,14 @@ def test_a_file_is_mapped_once_for_all_its_tensors(tmp_path: Path) -> None:
     assert all(view.tobytes() == array[0].tobytes() for view in views)
 
 
+@pytest.fixture(params=["kept", "not kept"])
+def kept_or_not(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reads with and without `files.keeping`."""
+    with files.keeping() if request.param == "kept" else nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("kept_or_not")
 def test_a_file_of_the_same_name_is_read_anew(tmp_path: Path) -> None:
     array = weight_of(np.float32)
     old = ExpertWeights(external(array, tmp_path / "data"), "fc1").expert(1)
@@ -128,6 +139,27 @@ def test_a_file_of_the_same_name_is_read_anew(tmp_path: Path) -> None:
     new = ExpertWeights(external(array * 2, tmp_path / "data"), "fc1").expert(1)
     assert old.tobytes() == array[1].tobytes()
     assert new.tobytes() == (array * 2)[1].tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of descriptors")
+def test_files_are_kept_mapped_a_few_at_a_time_and_then_let_go(tmp_path: Path) -> None:
+    array = weight_of(np.float32)
+    weights = [ExpertWeights(external(array, tmp_path / str(i)), "fc1") for i in range(40)]
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    for weight in weights:
+        weight.expert(0)
+        assert mapped() == 0
+    with files.keeping():
+        for number, weight in enumerate(weights, 1):
+            weight.expert(0)
+            assert mapped() == min(number, 16)
+        with files.keeping():
+            weights[-1].release(0)
+        assert mapped() == 16
+    assert mapped() == 0
 
 
 def test_tensors_in_memory_have_no_pages_to_drop() -> None:
@@ -151,11 +183,28 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ExpertWeights(tensor, "layer.fc1").expert(0)
 
 
+@pytest.mark.usefixtures("kept_or_not")
 def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
-    tensor = external(weight_of(np.float32), tmp_path / "data")
+    weights = ExpertWeights(external(weight_of(np.float32), tmp_path / "data"), "fc1")
+    weights.expert(0)
     (tmp_path / "data").write_bytes(b"short")
     with pytest.raises(SourceError, match="cannot read weight 'fc1'"):
-        ExpertWeights(tensor, "fc1").expert(0)
+        weights.expert(0)
+
+
+@pytest.mark.usefixtures("kept_or_not")
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links")
+def test_a_link_that_is_turned_outside_is_refused(tmp_path: Path) -> None:
+    """What a name leads to is checked whenever it leads to another file."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = ExpertWeights(external(weight_of(np.float32), folder / "data"), "fc1")
+    weights.expert(0)
+    (tmp_path / "secret").write_bytes((folder / "data").read_bytes())
+    (folder / "data").unlink()
+    (folder / "data").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match="lie outside the model's folder"):
+        weights.expert(0)
 
 
 def test_an_array_that_is_made_on_demand_is_made_once_per_sweep() -> None:

@@ -1,4 +1,4 @@
-"""LLVM instructions that numba does not offer, on one value or on a vector of `LANES` values.
+"""LLVM instructions that numba does not offer, on one value or on vectors of `LANES` or `WIDE`.
 
 Vectors are written by hand because LLVM's own vectorizer gives up on loops as short as a block.
 LLVM makes of them what a processor has: AVX-512, AVX2, SSE or NEON.
@@ -24,6 +24,7 @@ __all__ = [
     "LANES",
     "ROUNDER",
     "ROUNDER_BITS",
+    "WIDE",
     "address_of",
     "as_bits",
     "by_negated",
@@ -43,7 +44,7 @@ __all__ = [
     "put",
 ]
 
-LANES = 16
+LANES, WIDE = 16, 32
 # 1.5 * 2^23: adding it to |x| < 2^22 rounds x to the nearest integer, ties to even, and leaves
 # that integer in the low bits of the sum's pattern.
 ROUNDER, ROUNDER_BITS = np.float32(12582912.0), np.int32(0x4B400000)
@@ -62,7 +63,8 @@ _HAS_NATIVE_HALF = bool(llvm.get_host_cpu_features().get("f16c")) or platform.ma
 
 def _shaped(value: Any, element: ir.Type) -> ir.Type:
     """Returns the type of as many elements as `value` has."""
-    return ir.VectorType(element, LANES) if isinstance(value.type, ir.VectorType) else element
+    vector = value.type
+    return ir.VectorType(element, vector.count) if isinstance(vector, ir.VectorType) else element
 
 
 def _width(bits: Any) -> int:
@@ -74,15 +76,15 @@ def _width(bits: Any) -> int:
 def _constant(like: Any, number: float) -> ir.Constant:
     """Returns a number as a constant of the type of `like`."""
     if isinstance(like.type, ir.VectorType):
-        return ir.Constant(like.type, [ir.Constant(like.type.element, number)] * LANES)
+        return ir.Constant(like.type, [ir.Constant(like.type.element, number)] * like.type.count)
     return ir.Constant(like.type, number)
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
     """Returns a vector of copies of one value."""
-    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [ir.Constant(_I32, 0)] * LANES)
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [ir.Constant(_I32, 0)] * lanes)
     return builder.shuffle_vector(first, nothing, zeros)
 
 
@@ -91,11 +93,13 @@ def address_of(context: Any, builder: Any, array_type: Any, array: Any, start: A
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [start])
 
 
-def _load(context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> Any:
-    """Returns the vector `array[start : start + LANES]`."""
+def _load(
+    context: Any, builder: Any, array_type: Any, array: Any, start: Any, lanes: int = LANES
+) -> Any:
+    """Returns the vector `array[start : start + lanes]`."""
     address = address_of(context, builder, array_type, array, start)
     element = context.get_value_type(array_type.dtype)
-    vector = ir.VectorType(element, LANES)
+    vector = ir.VectorType(element, lanes)
     return builder.load(builder.bitcast(address, vector.as_pointer()), align=element.width // 8)
 
 
@@ -325,25 +329,28 @@ def put(_context: Any, array: Any, start: Any, value: Any) -> Any:
 def integer_codes(
     _context: Any, row: Any, _start: Any, _inverse: Any, _offset: Any, _top: Any, codes: Any
 ) -> Any:
-    """codes[i] = clip(round(row[i] * inverse) + point, 0, top) for `LANES` columns from start.
+    """codes[i] = clip(round(row[i] * inverse) + point, 0, top) for `WIDE` columns from start.
 
-    `row` holds patterns, `inverse` is float32, `codes` are uint8. `offset` is the zero point less
-    `ROUNDER_BITS`, which saves an addition.
+    `row` holds patterns, `inverse` is float32, `top` and `codes` are uint8. `offset` is the zero
+    point less `ROUNDER_BITS`, which saves an addition.
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         patterns, start, inverse, offset, top, out = arguments
-        values = _widened(builder, _load(context, builder, row, patterns, start), row.dtype)
-        steps = builder.fmul(values, _splat(builder, inverse))
+        bits = _load(context, builder, row, patterns, start, WIDE)
+        steps = builder.fmul(_widened(builder, bits, row.dtype), _splat(builder, inverse, WIDE))
         shifted = builder.fadd(steps, _constant(steps, float(ROUNDER)))
         code = builder.bitcast(shifted, _shaped(shifted, _I32))
-        code = builder.add(code, _splat(builder, offset))
-        code = _clipped(builder, code, _constant(code, 0), _splat(builder, top))
-        narrow = builder.trunc(code, _shaped(code, _I8))
+        code = builder.add(code, _splat(builder, offset, WIDE))
+        # First to what fits in a byte, which is how processors narrow integers.
+        code = _clipped(builder, code, _constant(code, 0), _constant(code, 255))
+        narrow, most = builder.trunc(code, _shaped(code, _I8)), _splat(builder, top, WIDE)
+        is_less = builder.icmp_unsigned("<", narrow, most)
+        narrow = builder.select(is_less, narrow, most)
         _store(builder, narrow, address_of(context, builder, codes, out, start))
         return context.get_dummy_value()
 
-    arguments = (row, types.intp, types.float32, types.int32, types.int32, codes)
+    arguments = (row, types.intp, types.float32, types.int32, types.uint8, codes)
     return types.none(*arguments), codegen
 
 

@@ -8,10 +8,11 @@ first-level cache:
    infinities and NaN on the way;
 2. scales, of all blocks of the row;
 3. codes, one byte each;
-4. pack: eight codes become one integer, whose bytes are stored.
+4. pack: the codes that share bytes become one integer, whose bytes are stored.
 
-Steps 1 and 3 work on `LANES` columns at once. A step may write a vector beyond its block or row:
-the next block writes over it, and buffers are a vector too long.
+Step 1 works on `LANES` columns at once, step 3 on as many or, for integers, on `WIDE`. A step may
+write a vector beyond its block or row: the next block writes over it, and buffers are a vector too
+long.
 
 What is exact: keys are integers; a 16-bit float becomes a float32 without rounding;
 every other step is the one float32 operation that numpy does. So `rtn.rtn_numpy` and the numpy
@@ -29,6 +30,7 @@ from qmoe_rules.quantizers._kernels.instructions import (
     LANES,
     ROUNDER,
     ROUNDER_BITS,
+    WIDE,
     as_bits,
     by_negated,
     by_size,
@@ -89,7 +91,8 @@ def _extremes(line: Any, block: int, infinity: Any, highs: Any, drops: Any) -> N
 def _reciprocals(scales: Any, inverses: Any) -> None:
     for b in range(scales.size):
         scale = float_of(scales[b])
-        inverses[b] = np.float32(1) / scale if scale != np.float32(0) else np.float32(0)
+        inverse = np.float32(1) / scale
+        inverses[b] = inverse if scale != np.float32(0) else np.float32(0)
 
 
 @jit
@@ -131,7 +134,7 @@ def _asymmetric_scales(
 @jit
 def _buffers(columns: int) -> Any:
     """Returns buffers for the codes of a row and for its packed bytes."""
-    size = (columns // LANES + 2) * LANES
+    size = (columns // WIDE + 2) * WIDE
     return np.zeros(size, np.uint8), np.zeros(size, np.uint8)
 
 
@@ -139,11 +142,17 @@ def _buffers(columns: int) -> Any:
 def _pack(codes: Any, bits: int, buffer: Any, packed: Any) -> None:
     """Packs a row of codes, least significant bits first.
 
-    Every eight codes become the low `bits` bytes of one integer, in three halvings. Where three
-    bytes are stored, what is written beyond them is written over by the next ones.
+    Codes of 4 bits pair by pair. Of 2 and 3 bits every eight codes become the low `bits` bytes of
+    one integer, in three halvings; where three bytes are stored, what is written beyond them is
+    written over by the next ones.
     """
     if bits == 8:
         _copy(codes[: packed.size], packed)
+        return
+    if bits == 4:
+        pairs = codes.view(np.uint16)
+        for i in range(packed.size):
+            packed[i] = pairs[i] | (pairs[i] >> np.uint16(4))
         return
     words = codes.view(np.uint64)
     gap = 8 - bits
@@ -154,9 +163,7 @@ def _pack(codes: Any, bits: int, buffer: Any, packed: Any) -> None:
         word = (word | (word >> np.uint64(gap))) & pair
         word = (word | (word >> np.uint64(2 * gap))) & quad
         words[i] = word | (word >> np.uint64(4 * gap))
-    if bits == 4:
-        _copy(words, buffer.view(np.uint32))
-    elif bits == 2:
+    if bits == 2:
         _copy(words, buffer.view(np.uint16))
     else:
         for i in range(words.size):
@@ -194,11 +201,11 @@ def round_integers(
     """
     rows, columns = weight.shape
     blocks = columns // block
-    line = np.empty(columns + LANES, weight.dtype)
+    line = np.empty(columns + WIDE, weight.dtype)
     tops, others = np.full(blocks, infinity), np.full(blocks, infinity)
     inverses = np.empty(blocks, np.float32)
     codes, buffer = _buffers(columns)
-    top = np.int32((1 << bits) - 1)
+    top = np.uint8((1 << bits) - 1)
     point = np.int32(1 << (bits - 1))
     for n in range(rows):
         _copy(weight[n], line)
@@ -216,7 +223,7 @@ def round_integers(
             if points is not None:
                 point = np.int32(points[n, b])
             offset = point - ROUNDER_BITS
-            for start in range(b * block, (b + 1) * block, LANES):
+            for start in range(b * block, (b + 1) * block, WIDE):
                 prefetch(weight[n], columns + start)
                 integer_codes(line, start, inverses[b], offset, top, codes)
         _pack(codes, bits, buffer, packed[n])
