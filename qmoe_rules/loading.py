@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     for defect in defects(proto):
         raise SourceError(f"{path} is not an ONNX model: {defect}")
     try:
-        model = ir.serde.deserialize_model(proto)
+        with warnings.catch_warnings():  # what the parser ignores is not the reader's business
+            warnings.simplefilter("ignore", UserWarning)
+            model = ir.serde.deserialize_model(proto)
         model.graph.sort()  # which keeps the order of a model that is in order, as it should be
     except Exception as error:  # whatever a parser says about what is no model
         raise SourceError(f"{path} is not an ONNX model: {_reason(error)}") from error

@@ -119,6 +119,8 @@ def _misuse(node: onnx.NodeProto, opset: int) -> Iterator[str]:
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in given:
             yield f"{_label(node)} lacks the attribute {name}"
+    if node.op_type == "Constant" and (len(given) != 1 or not given <= schema.attributes.keys()):
+        yield f"{_label(node)} has the attributes {sorted(given)}, where it has one of its values"
     for attribute in node.attribute:
         known = schema.attributes.get(attribute.name)
         wanted_type: Any = None if known is None else known.type

@@ -368,6 +368,20 @@ for name, lie in LIES.items():
         place(proto, **entries)
 
 
+@proto_case(OUTSIDE)
+def _external_entry_that_nobody_knows(proto: ModelProto) -> None:
+    """The parser warns of it: that must not stand in front of the error."""
+    del tensor_of(proto).external_data[:]
+    tensor_of(proto).external_data.add(key="", value="model.onnx.data")
+
+
+@proto_case("has the attributes ['']")
+def _constant_of_no_name(proto: ModelProto) -> None:
+    node = helper.make_node("Constant", [], ["c"], value_int=3)
+    node.attribute[0].name = ""
+    proto.graph.node.insert(0, node)
+
+
 @proto_case(None)
 def _overlapping_tensors(proto: ModelProto) -> None:
     place(proto, "fc2", offset=4)
