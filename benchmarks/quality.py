@@ -1,7 +1,7 @@
 """Quality of quantized byte-level language models: how far they are from the float model.
 
     python benchmarks/quality.py MODEL ... --text TEXT --calibration TEXT [--windows 48 | --all]
-                                 [--budget 3.5] [--json FILE]
+                                 [--blocks 32 0] [--budget 3.5] [--json FILE]
 
 A MODEL has bytes as its input, `input_ids` int64 [batch, time], and `logits` [batch, time, 256] as
 its output; a TEXT is any file. Every method is measured with every width, with blocks of 32 and
@@ -26,7 +26,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,13 +201,13 @@ def methods(calibration: Calibration) -> dict[str, dict[str, Any]]:
     return {PLAIN: {"target": PLAIN}, "rtn": {}, **unseen, **(known | {"rtn": {}})}
 
 
-def uniform(subject: Subject) -> Iterator[Result]:
-    """Measures every method with every width in blocks of 32 and rows, and 4-bit floats."""
+def uniform(subject: Subject, blocks: Collection[int]) -> Iterator[Result]:
+    """Measures every method with every width in blocks of some sizes, and 4-bit floats."""
     known = methods(subject.calibration)
     for name, fields in known.items():
         for recipe in recipes(**fields):
             needless = name == PLAIN and not recipe.symmetric  # has no scales that could be signed
-            if recipe.block_size in (32, 0) and not needless and subject.fits(recipe):
+            if recipe.block_size in blocks and not needless and subject.fits(recipe):
                 yield subject.measure(recipe, name)
     for format in ("mxfp4", "nvfp4"):
         recipe = Recipe(format=format, target="cpu")
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="other text, to calibrate")
     parser.add_argument("--windows", type=int, default=48, help="of 256 bytes, evenly spaced")
     parser.add_argument("--all", action="store_true", help="the whole text")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[32, 0], help="0: rows")
     parser.add_argument("--budget", type=float, nargs="*", default=[], help="bits per weight")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
@@ -266,7 +267,7 @@ def main() -> None:
         subject = Subject(model, arguments.text, arguments.calibration, windows)
         print(f"\n{subject.name}, {subject.count} windows")
         budgets = (within(subject, budget) for budget in arguments.budget)
-        for result in itertools.chain(uniform(subject), *budgets):
+        for result in itertools.chain(uniform(subject, arguments.blocks), *budgets):
             print(row(result), flush=True)
             results.append(result)
         seconds[subject.name] = round(time.perf_counter() - start)

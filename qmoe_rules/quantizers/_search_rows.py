@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_rules.quantizers._candidates import stored_scales
-from qmoe_rules.quantizers._checks import finite_float32
 from qmoe_rules.statistics import Statistics
 
 __all__ = [
@@ -28,7 +27,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 
-ROWS = 256
+ROWS = 128
 """How many rows are best worked on at a time: their transposes stay in the caches."""
 
 # What a column counts that calibration saw little of, in means.
@@ -141,9 +140,9 @@ class Rows:
 
     @classmethod
     def of(cls, weight: npt.NDArray[np.generic], importance: Float32) -> Rows:
-        """Takes weights [N, K], and what an error in a column counts, [blocks, B]."""
-        values = np.array(finite_float32(weight).T, order="C").reshape(*importance.shape, -1)
-        peak = np.abs(values).max(axis=1)
+        """Takes finite weights [N, K], and what an error in a column counts, [blocks, B]."""
+        values = np.array(weight.T, np.float32, order="C").reshape(*importance.shape, -1)
+        peak = np.maximum(values.max(axis=1), -values.min(axis=1))
         unit = np.ldexp(np.float32(1), np.frexp(peak)[1] - 1)
         unit[peak == 0] = 1
         values /= unit[:, None]
@@ -161,8 +160,7 @@ class Rows:
 
     def power(self) -> Float64:
         """Returns sum w x^2 of every row, [N]."""
-        square = np.square(self.values).astype(np.float64)
-        return self.total(np.einsum("bkn,bk->bn", square, self.weights))
+        return self.total(np.einsum("bkn,bkn,bk->bn", self.values, self.values, self.weights))
 
 
 def column_weights(statistics: Statistics | None, columns: int) -> Float32:

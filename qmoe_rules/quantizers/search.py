@@ -149,8 +149,8 @@ def _fitted(
         scales = rows.stored(scales).astype(np.float32) / rows.unit
         sums = measured(scales, points)
         better = sums[0] < best[0]
-        best[:, better] = sums[:, better]
-        best_scales[better], best_points[better] = scales[better], points[better]
+        for kept, found in ((best, sums), (best_scales, scales), (best_points, points)):
+            np.copyto(kept, found, where=better)
         scales = scales + np.divide(sums[1], sums[2], out=np.zeros_like(scales), where=sums[2] > 0)
     codes = np.empty(rows.values.shape, np.uint8)
     engine.encode_rows(rows.values, best_scales, best_points, top, False, codes)
