@@ -90,8 +90,10 @@ def section(script: Path, given: Sequence[str], printed: str) -> str:
     title, _, rest = about.partition("\n")
     lines = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
     command = " ".join(["$ python", f"benchmarks/{script.name}", *given])
-    about = f"## {title.rstrip('.')}\n\n{rest.strip(chr(10))}\n"
-    return f"{about}\n```text\n{command}\n{lines}\n```\n"
+    paragraphs = rest.strip("\n").split("\n\n")
+    told = "\n\n".join(each for each in paragraphs if not each.startswith("    "))  # its usage
+    about = f"## {title.rstrip('.')}\n\n{told}\n"
+    return f"{about}\n<!-- not run: measured -->\n```text\n{command}\n{lines}\n```\n"
 
 
 def main() -> int:
