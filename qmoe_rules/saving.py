@@ -8,6 +8,8 @@ destination is absent, the complete old model, or the complete new one.
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -154,25 +156,41 @@ def write_model(
     with naming_errors(stage.destination):
         # Before the data, so that between these and their being in place there is nothing to do.
         (stage.path / name).write_bytes(proto)
-        if extents:
-            _write_data(extents, folder, options)
-    sources.refuse_changes()
+        _write_data(extents, folder, options, sources)
     stage.exclusive.update({names[i]: folder / file for i, file in enumerate(data)})
     stage.obsolete = partial(_own_data_files, stage.destination / name)
     return size
 
 
-def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> None:
+def _write_data(extents: list[Extent], folder: Path, options: SaveOptions, sources: Files) -> None:
     journals = Journal(folder) if options.resume else nullcontext()
-    with told_when_lost(), journals as journal:
-        write_data(
-            extents,
-            folder,
-            workers=options.workers,
-            executor=options.executor,
-            journal=journal,
-            progress=options.progress,
-        )
+    with told_when_lost() as refuse_losses:
+        checks = (refuse_losses, sources.refuse_changes)
+        try:
+            with journals as journal:
+                write_data(
+                    extents,
+                    folder,
+                    workers=options.workers,
+                    executor=options.executor,
+                    journal=journal,
+                    progress=options.progress,
+                    check=refuse_losses,
+                )
+            for check in checks:
+                check()
+        except BaseException:
+            if any(map(_fails, checks)):  # what lies there may be of two sources
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _fails(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except SourceError:
+        return True
+    return False
 
 
 def saved_bytes(model: ir.Model) -> int:
