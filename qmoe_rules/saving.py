@@ -22,7 +22,7 @@ import onnx_ir as ir
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in, undisturbed
 from qmoe_rules.journal import Journal, fingerprint
-from qmoe_rules.loading import Files, data_files
+from qmoe_rules.loading import Files, data_files, data_files_at
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.staging import Staging, naming_errors, resolved
 from qmoe_rules.writing import Progress, write_data
@@ -223,10 +223,17 @@ def _serialize(model: ir.Model) -> bytes:
 
 
 def _own_data_files(path: Path) -> list[Path]:
-    """Returns the data files that the model at `path` reads from and that are named after it."""
-    try:
-        old = ir.load(path)
-    except Exception:  # whatever lies there is no model, and has no data files
-        return []
-    own = (file for file in data_files(old) if file.parent == path.parent)
-    return sorted(file for file in own if is_data_name(file.name, path.name) and file.is_file())
+    """Returns the data files that the model at `path`, and no other beside it, reads from.
+
+    They are named after it: others are not for a save to delete.
+    """
+    own = {
+        file
+        for file in data_files_at(path)
+        if file.parent == path.parent and is_data_name(file.name, path.name) and file.is_file()
+    }
+    if own:
+        models = path.parent.glob("*.onnx")
+        others = (other for other in models if os.path.realpath(other) != str(path))
+        own = own.difference(*map(data_files_at, others))
+    return sorted(own)
