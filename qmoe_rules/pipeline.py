@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, data_files_at, load, locate
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.measuring import measure, measured_bytes
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
@@ -159,6 +160,7 @@ def _measure(
         raise KeyboardInterrupt(f"interrupted while measuring; {path} is written") from None
 
 
+@told_when_lost()
 def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
     model = load(source.model)
     before = sum(file.stat().st_size for file in _model_files(source, model))

@@ -126,6 +126,7 @@ def guard(model: ir.Model, path: Path, sources: frozenset[Path] = frozenset()) -
             raise SaveError(f"refusing to overwrite {source}: the model still reads from it")
 
 
+@told_when_lost()
 def write_model(
     model: ir.Model, stage: Staging, name: str, options: SaveOptions | None = None
 ) -> int:

@@ -269,6 +269,37 @@ def test_source_that_is_cut_off_under_the_kernels_is_no_crash(
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+MEASURING = """
+import os, sys
+from qmoe_rules import SourceError, measuring, quantize
+source, data, out = sys.argv[1:]
+relative_error = measuring.relative_error
+def truncate(*arrays):
+    os.truncate(data, 0)
+    return relative_error(*arrays)
+measuring.relative_error = truncate
+try:
+    quantize(source, out, bits=4, block_size=32, measured=True)
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_source_that_is_cut_off_while_it_is_measured_is_no_crash(
+    source: Path, tmp_path: Path
+) -> None:
+    data, out = source.with_name("model.onnx.data"), tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURING, str(source), str(data), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert set(snapshot(out)) == {"model.onnx", "model.onnx.data"}
+
+
 STRANGER = """
 import mmap, os, sys
 from qmoe_rules.mappings import told_when_lost
