@@ -30,6 +30,7 @@ __all__ = [
     "forget",
     "in_memory",
     "keeping",
+    "lose",
     "made",
     "resolved_file",
 ]
@@ -38,6 +39,7 @@ Array = npt.NDArray[np.generic]
 
 _lock = threading.RLock()  # a tensor that is made may read others
 _maps: weakref.WeakValueDictionary[tuple[object, ...], mmap.mmap] = weakref.WeakValueDictionary()
+_ranges: dict[int, int] = {}  # of addresses, of every mapping that somebody looks at
 _recent: deque[mmap.mmap] = deque(maxlen=16)
 _keepers: set[object] = set()
 _CHUNK_BYTES = 16 << 20
@@ -158,6 +160,21 @@ def keeping() -> Iterator[None]:
         forget()
 
 
+def lose(address: int) -> bool:
+    """Has files mapped anew at the next read where one of them is mapped at an address.
+
+    It takes no lock: a thread that holds it may be the one whose reading has failed.
+
+    Returns:
+        Whether one is.
+    """
+    found = any(start <= address < stop for start, stop in list(_ranges.items()))
+    if found:
+        _maps.clear()
+        _recent.clear()
+    return found
+
+
 def _map(tensor: ir.ExternalTensor) -> mmap.mmap:
     # Another file may have taken the name since: the old mapping is not of that one.
     mapped = _maps.get(_identity(tensor, os.stat(tensor.path)))
@@ -168,6 +185,9 @@ def _map(tensor: ir.ExternalTensor) -> mmap.mmap:
             if mapped is None:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 _maps[key] = mapped
+                start = np.frombuffer(mapped, np.uint8).ctypes.data
+                _ranges[start] = start + len(mapped)
+                weakref.finalize(mapped, _ranges.pop, start, None).atexit = False
     if _keepers:
         with _lock:
             if mapped not in _recent:
@@ -177,4 +197,5 @@ def _map(tensor: ir.ExternalTensor) -> mmap.mmap:
 
 def _identity(tensor: ir.ExternalTensor, status: os.stat_result) -> tuple[object, ...]:
     """Returns what tells a file, and the way that a tensor names it, from all others."""
-    return tensor.base_dir, tensor.location, status.st_dev, status.st_ino, status.st_size
+    place = tensor.base_dir, tensor.location, status.st_dev, status.st_ino
+    return *place, status.st_size, status.st_mtime_ns

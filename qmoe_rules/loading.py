@@ -19,7 +19,7 @@ from qmoe_rules.lazy import PlannedTensor
 from qmoe_rules.slices import SlicedTensor
 from qmoe_rules.soundness import defects
 
-__all__ = ["Files", "Source", "data_files", "load", "locate"]
+__all__ = ["Files", "Source", "data_files", "data_files_at", "load", "locate"]
 
 _FILES = "qmoe_rules.files"
 _LARGEST = 1 << 31  # bytes of an .onnx file, which protobuf cannot exceed
@@ -157,6 +157,14 @@ def data_files(model: ir.Model) -> set[Path]:
     """Returns the resolved paths of every file that the model's tensors still read from."""
     paths = {tensor.path for tensor in _external_tensors(model)}
     return {Path(path).resolve() for path in paths}
+
+
+def data_files_at(path: Path) -> set[Path]:
+    """Returns the resolved data files of a model on disk; whatever else lies there has none."""
+    try:
+        return data_files(ir.load(path))
+    except Exception:  # whatever a parser says about what is no model
+        return set()
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -1,7 +1,8 @@
 """Mapped files that somebody cuts off, or a disk loses, while they are read.
 
 Where a mapped page cannot be read the system sends a signal that ends the process without a word.
-Here such a page becomes one of zeros, the computation comes to its end, and an error is raised.
+Here such a page of a file that `files` has mapped becomes one of zeros, what is being computed
+comes to its end, and an error is raised. Pages that others have mapped are left to the system.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import mmap
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from qmoe_rules import files
 from qmoe_rules.errors import SourceError
 
 __all__ = ["told_when_lost"]
@@ -24,20 +26,27 @@ _lost: list[int] = []
 
 
 @contextlib.contextmanager
-def told_when_lost() -> Iterator[None]:
+def told_when_lost() -> Iterator[Callable[[], None]]:
     """Keeps the process alive where mapped pages are lost, as far as the system is known.
+
+    Yields:
+        What raises as soon as pages are lost: nothing that was computed since may be kept.
 
     Raises:
         SourceError: Pages were lost meanwhile, and no other error has told of it.
     """
     before = len(_lost)
+
+    def refuse_losses() -> None:
+        if len(_lost) > before:
+            raise SourceError("a file became shorter, or could not be read, while it was read")
+
     _guard(1)
     try:
-        yield
+        yield refuse_losses
     finally:
         _guard(-1)
-    if len(_lost) > before:
-        raise SourceError("a file became shorter, or could not be read, while it was read")
+    refuse_losses()
 
 
 def _guard(change: int) -> None:
@@ -71,6 +80,9 @@ if sys.platform == "linux" and sys.maxsize > 1 << 32:
     # is safe to run Python, unlike in handlers of signals that come from elsewhere.
     def _replace_page(number: int, info: int, _context: int) -> None:
         address = ctypes.c_void_p.from_address(info + _ADDRESS).value or 0
+        if not files.lose(address):  # it fails once more, as it would have without a guard
+            _libc.sigaction(number, ctypes.byref(_previous), None)
+            return
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         _lost.append(start)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.errors import SourceError
 from qmoe_rules.lazy import PlannedTensor, Projection
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.report import Report
 from qmoe_rules.stored import StoredProjection, stored_projections
 from qmoe_rules.writing import Progress, processors
@@ -34,6 +35,7 @@ def measured_bytes(planned: ir.Model) -> int:
     return sum(projection.weights.nbytes for projection in _projections(planned))
 
 
+@told_when_lost()
 def measure(
     planned: ir.Model,
     written: ir.Model,

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.installed import installed
-from qmoe_rules.loading import Source, data_files, load, locate
+from qmoe_rules.loading import Source, data_files, data_files_at, load, locate
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.measuring import measure, measured_bytes
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
@@ -121,6 +122,7 @@ def quantize(
     with stage_for(path, options) as stage:
         if found.folder is not None and path.parent != found.folder.resolve():
             _copy_side_files(found.folder, _model_files(found, model), stage, path.parent)
+            _spare_data(stage, path)
         written = write_model(model, stage, path.name, options)
         stage.commit(path.name)
     report.file_bytes_after = written
@@ -158,6 +160,7 @@ def _measure(
         raise KeyboardInterrupt(f"interrupted while measuring; {path} is written") from None
 
 
+@told_when_lost()
 def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
     model = load(source.model)
     before = sum(file.stat().st_size for file in _model_files(source, model))
@@ -213,9 +216,24 @@ def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, targe
             shutil.copy2(file, copy)
 
 
+def _spare_data(stage: Staging, path: Path) -> None:
+    """Takes side files back that would replace the data of a model in the destination.
+
+    A model that is itself replaced by a side file may lose its data; that at `path` may not, for
+    it is whole until the new one is in its place.
+    """
+    for model in sorted(path.parent.glob("*.onnx")):
+        if model != path and (stage.path / model.name).exists():
+            continue
+        for data in sorted(data_files_at(model)):
+            if not data.is_relative_to(path.parent):
+                continue
+            copy = stage.path / data.relative_to(path.parent)
+            if copy.exists():
+                copy.unlink()
+                logger.warning("%s is not copied: %s reads %s", copy.name, model, data)
+
+
 def _reads_from(file: Path, model_files: set[Path]) -> bool:
     """Returns whether another model reads from the files of this one, which are not copied."""
-    try:
-        return bool(data_files(ir.load(file)) & model_files)
-    except Exception:  # no model: a side file like any other
-        return False
+    return bool(data_files_at(file) & model_files)

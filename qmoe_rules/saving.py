@@ -8,6 +8,8 @@ destination is absent, the complete old model, or the complete new one.
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import onnx_ir as ir
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in, undisturbed
 from qmoe_rules.journal import Journal, fingerprint
-from qmoe_rules.loading import Files, data_files
+from qmoe_rules.loading import Files, data_files, data_files_at
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.staging import Staging, naming_errors, resolved
 from qmoe_rules.writing import Progress, write_data
@@ -124,6 +126,7 @@ def guard(model: ir.Model, path: Path, sources: frozenset[Path] = frozenset()) -
             raise SaveError(f"refusing to overwrite {source}: the model still reads from it")
 
 
+@told_when_lost()
 def write_model(
     model: ir.Model, stage: Staging, name: str, options: SaveOptions | None = None
 ) -> int:
@@ -154,25 +157,41 @@ def write_model(
     with naming_errors(stage.destination):
         # Before the data, so that between these and their being in place there is nothing to do.
         (stage.path / name).write_bytes(proto)
-        if extents:
-            _write_data(extents, folder, options)
-    sources.refuse_changes()
+        _write_data(extents, folder, options, sources)
     stage.exclusive.update({names[i]: folder / file for i, file in enumerate(data)})
     stage.obsolete = partial(_own_data_files, stage.destination / name)
     return size
 
 
-def _write_data(extents: list[Extent], folder: Path, options: SaveOptions) -> None:
+def _write_data(extents: list[Extent], folder: Path, options: SaveOptions, sources: Files) -> None:
     journals = Journal(folder) if options.resume else nullcontext()
-    with told_when_lost(), journals as journal:
-        write_data(
-            extents,
-            folder,
-            workers=options.workers,
-            executor=options.executor,
-            journal=journal,
-            progress=options.progress,
-        )
+    with told_when_lost() as refuse_losses:
+        checks = (refuse_losses, sources.refuse_changes)
+        try:
+            with journals as journal:
+                write_data(
+                    extents,
+                    folder,
+                    workers=options.workers,
+                    executor=options.executor,
+                    journal=journal,
+                    progress=options.progress,
+                    check=refuse_losses,
+                )
+            for check in checks:
+                check()
+        except BaseException:
+            if any(map(_fails, checks)):  # what lies there may be of two sources
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _fails(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except SourceError:
+        return True
+    return False
 
 
 def saved_bytes(model: ir.Model) -> int:
@@ -205,10 +224,17 @@ def _serialize(model: ir.Model) -> bytes:
 
 
 def _own_data_files(path: Path) -> list[Path]:
-    """Returns the data files that the model at `path` reads from and that are named after it."""
-    try:
-        old = ir.load(path)
-    except Exception:  # whatever lies there is no model, and has no data files
-        return []
-    own = (file for file in data_files(old) if file.parent == path.parent)
-    return sorted(file for file in own if is_data_name(file.name, path.name) and file.is_file())
+    """Returns the data files that the model at `path`, and no other beside it, reads from.
+
+    They are named after it: others are not for a save to delete.
+    """
+    own = {
+        file
+        for file in data_files_at(path)
+        if file.parent == path.parent and is_data_name(file.name, path.name) and file.is_file()
+    }
+    if own:
+        models = path.parent.glob("*.onnx")
+        others = (other for other in models if os.path.realpath(other) != str(path))
+        own = own.difference(*map(data_files_at, others))
+    return sorted(own)

@@ -144,7 +144,7 @@ class Staging:
         for target in moves.values():
             self._refuse_obstacle(target)
         final = moves.pop(self.path / last)
-        obsolete = self.obsolete()
+        obsolete = set(self.obsolete()).difference(moves.values())
         with contextlib.ExitStack() as undo:
             for name, file in self.exclusive.items():
                 self._claim(name, file, undo)

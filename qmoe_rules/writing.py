@@ -17,7 +17,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def write_data(
     executor: Executor | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes every byte range of the data files, which are named as `Extent.file` says.
 
@@ -62,6 +63,7 @@ def write_data(
             see the same `folder`.
         journal: Knows which slabs are written already, and is told of every other.
         progress: Called as bytes are written.
+        check: Called before the journal is told; raises where what was written may be wrong.
 
     Raises:
         SourceError: A weight cannot be read, or is not finite.
@@ -78,7 +80,7 @@ def write_data(
         threads = ThreadPoolExecutor(workers)
         stack.callback(threads.shutdown, cancel_futures=True)
         tasks = _tasks(extents, folder, threads, executor, journal)
-        for written in _in_flight(tasks, workers * _AHEAD):
+        for written in _in_flight(tasks, workers * _AHEAD, check):
             done += written
             if progress is not None:
                 progress(done, total)
@@ -158,15 +160,20 @@ class _PlannedSlab:
         return future
 
 
-def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
+def _in_flight(tasks: Iterable[_Work], limit: int, check: Callable[[], None]) -> Iterator[int]:
     """Runs the work, at most `limit` pieces at a time, and yields the bytes of what is done."""
     pending: dict[Future[int], _Work] = {}
     done: SimpleQueue[Future[int]] = SimpleQueue()
 
+    def finish(future: Future[int], work: _Work) -> None:
+        result = future.result()
+        check()
+        work.finish(result)
+
     def finished() -> int:
         future = done.get()
         work = pending.pop(future)
-        work.finish(future.result())
+        finish(future, work)
         return work.nbytes
 
     try:
@@ -186,7 +193,8 @@ def _in_flight(tasks: Iterable[_Work], limit: int) -> Iterator[int]:
         wait([future for future in pending if not future.cancel()])
         for future, work in pending.items():  # what is done is done, whatever has gone wrong
             if not future.cancelled() and future.done() and future.exception() is None:
-                work.finish(future.result())
+                with suppress(SourceError):  # the first error is the one to tell
+                    finish(future, work)
 
 
 @contextmanager

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qmoe_rules import SaveError, SourceError, quantize, save
+from qmoe_rules import SaveError, SourceError, files, quantize, save
 from qmoe_rules.loading import load
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.passes import QuantizeMoEPass
 from tests.sandbox import Sandbox
 from tests.saves import OPTIONS, RECIPE, SLABS, copied, planned, snapshot, tensors
@@ -265,6 +267,84 @@ def test_source_that_is_cut_off_under_the_kernels_is_no_crash(
     assert done.stderr.startswith("qmoe: ")
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+MEASURING = """
+import os, sys
+from qmoe_rules import SourceError, measuring, quantize
+source, data, out = sys.argv[1:]
+relative_error = measuring.relative_error
+def truncate(*arrays):
+    os.truncate(data, 0)
+    return relative_error(*arrays)
+measuring.relative_error = truncate
+try:
+    quantize(source, out, bits=4, block_size=32, measured=True)
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_source_that_is_cut_off_while_it_is_measured_is_no_crash(
+    source: Path, tmp_path: Path
+) -> None:
+    data, out = source.with_name("model.onnx.data"), tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURING, str(source), str(data), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert set(snapshot(out)) == {"model.onnx", "model.onnx.data"}
+
+
+STRANGER = """
+import mmap, os, sys
+from qmoe_rules.mappings import told_when_lost
+path = sys.argv[1]
+with open(path, "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+with told_when_lost():
+    os.truncate(path, 0)
+    print(mapped[0], flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others name the signal otherwise")
+def test_page_that_somebody_else_has_mapped_is_not_made_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(1, 101)))
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "file")], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others end the process")
+def test_file_whose_pages_were_lost_is_mapped_anew(tmp_path: Path) -> None:
+    """Though its size, its time and its number are again what they were."""
+    data, weights = tmp_path / "data", np.arange(1, 5001, dtype=np.float32)
+    weights.tofile(data)
+    status = data.stat()
+    tensor = ir.ExternalTensor(
+        "data", 0, weights.nbytes, ir.DataType.FLOAT, shape=ir.Shape([5000]), name="w",
+        base_dir=tmp_path,
+    )  # fmt: skip
+
+    def cut_off() -> None:
+        with told_when_lost():
+            view = files.array(tensor)
+            os.truncate(data, 0)
+            assert view[2000] == 0
+
+    with files.keeping():
+        with pytest.raises(SourceError, match="became shorter"):
+            cut_off()
+        with data.open("r+b") as file:
+            file.write(weights.tobytes())
+        os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+        np.testing.assert_array_equal(files.array(tensor), weights)
 
 
 # Interrupts.

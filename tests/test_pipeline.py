@@ -30,6 +30,7 @@ from qmoe_rules import (
     quantizers,
     writing,
 )
+from tests.saves import tensors
 
 RECIPE: dict[str, Any] = {"bits": 4, "block_size": 32}
 
@@ -276,6 +277,32 @@ def test_stray_file_of_exactly_the_data_files_name_is_not_lost(
     (source / "model.onnx.data").write_text("stray")
     quantize(source, tmp_path / "out", **RECIPE)
     assert b"stray" in snapshot(tmp_path / "out").values()
+
+
+@pytest.mark.parametrize("reader", ["model.onnx", "variant.onnx"])
+def test_side_file_does_not_replace_the_data_of_a_model(
+    source: Path, tmp_path: Path, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The old model keeps its data until it is replaced; a model that stays keeps them."""
+    out = tmp_path / "out"
+    quantize(source, out, bits=8)
+    (out / "model.onnx").rename(out / reader)
+    before = tensors(out / reader)
+    data = (source / "model.onnx.data").rename(source / "weights.bin")
+
+    def move(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = data.name if entry.key == "location" else entry.value
+
+    edit(source / "model.onnx", move)
+    (source / "model.onnx.data").write_text("stray")
+    with caplog.at_level(logging.WARNING, "qmoe_rules"):
+        quantize(source, out, **RECIPE)
+    assert "model.onnx.data is not copied" in caplog.text
+    assert (out / "model.onnx.data").exists() == (reader == "variant.onnx")
+    if reader == "variant.onnx":
+        assert tensors(out / reader) == before
 
 
 # Failures.

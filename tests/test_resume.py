@@ -23,6 +23,7 @@ from qmoe_rules import QuantizeMoEPass, SaveError, SourceError, quantize, save, 
 from qmoe_rules.extents import lay_out
 from qmoe_rules.journal import Journal, fingerprint
 from qmoe_rules.slabs import Place, SlabWork
+from qmoe_rules.writing import write_data
 from tests.moe_models import Experts, Graph, inputs_of
 from tests.saves import (
     OPTIONS,
@@ -92,6 +93,38 @@ def expected(source: Path, folder: Path, **options: Any) -> dict[str, bytes | No
     """Returns what an uninterrupted save writes."""
     save(planned(source), folder / "model.onnx", **options)
     return snapshot(folder)
+
+
+def test_nothing_is_kept_of_a_source_that_was_cut_off(
+    source: Path, path: Path, tmp_path: Path
+) -> None:
+    """Slabs of lost pages have checksums too; the source may come back as if nothing had been."""
+    data, number = source.with_name("model.onnx.data"), SLABS // 2
+    content, status = data.read_bytes(), data.stat()
+
+    def cut_off(now: int) -> None:
+        if now == number:
+            os.truncate(data, 5000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        with_quantizer(patch, cut_off)
+        with pytest.raises(SourceError):
+            save(planned(source), path, workers=2, resume=True)
+    assert not list(tmp_path.rglob(".qmoe-*"))
+    with data.open("r+b") as file:
+        file.write(content)
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+    save(planned(source), path, resume=True)
+    assert snapshot(path.parent) == expected(source, tmp_path / "expected")
+
+
+def test_slab_that_may_be_wrong_is_not_in_the_journal(source: Path, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise SourceError("lost")
+
+    with Journal(tmp_path) as journal, pytest.raises(SourceError, match="lost"):
+        write_data(lay_out(planned(source)), tmp_path, workers=2, journal=journal, check=lost)
+    assert (tmp_path / "journal").read_bytes() == b""
 
 
 # It goes on.

@@ -383,6 +383,18 @@ def test_old_model_is_replaced_with_its_data_and_foreign_files_stay(
     assert (out / "model.onnx").read_bytes() == expected.read_bytes()
 
 
+def test_data_file_that_another_model_reads_too_stays(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "model.onnx"
+    save(planned(source, bits=8), path)
+    variant = Path(shutil.copy(path, path.with_name("variant.onnx")))
+    before = tensors(variant)
+    save(planned(source), path)
+    assert tensors(variant) == before
+    variant.unlink()
+    save(planned(source), path)
+    assert "model.onnx.1.data" not in snapshot(path.parent)
+
+
 def test_graph_is_the_last_file_to_be_put_in_place(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

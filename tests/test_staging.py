@@ -47,6 +47,14 @@ def test_commit_replaces_the_old_files(out: Path) -> None:
     }
 
 
+def test_file_that_is_put_in_place_is_not_obsolete(out: Path) -> None:
+    with Staging(out) as stage:
+        fill(stage)
+        (stage.path / "data").write_text("new data")
+        stage.commit("model")
+    assert (out / "data").read_text() == "new data"
+
+
 def test_commit_makes_the_folder_in_one_step(tmp_path: Path) -> None:
     with Staging(tmp_path / "new" / "out") as stage:
         fill(stage, "data.1")

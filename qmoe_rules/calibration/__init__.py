@@ -27,6 +27,7 @@ from qmoe_rules.calibration._run import Run
 from qmoe_rules.calibration._stages import drop_caches, layers_of, stages_of
 from qmoe_rules.errors import ConfigError, SourceError
 from qmoe_rules.loading import load, locate
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.passes import prepare
 from qmoe_rules.rules import apply_rules, fuse_experts_rules, normalize_moe_rules
 from qmoe_rules.saving import guard
@@ -84,6 +85,7 @@ def calibrate(
         logger.warning("%s is not calibrated: %s", node, reason)
     stages = stages_of(whole, layers)
 
+    @told_when_lost()
     def run(folder: Path) -> Path:
         work = Run(whole, stages, folder, hessian, tuple(providers), progress or _ignore)
         return work(itertools.chain(first, feeds))

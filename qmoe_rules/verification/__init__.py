@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError, SourceError
 from qmoe_rules.feeds import Feed, random_feeds
+from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.stored import STORED_LAYOUTS
 from qmoe_rules.verification._comparison import Comparison
 from qmoe_rules.verification._conversion import Captured, Settings, obstacle
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 
+@told_when_lost()
 def verify(
     before: str | os.PathLike[str],
     after: str | os.PathLike[str],
