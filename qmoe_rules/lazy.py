@@ -7,13 +7,12 @@ so a planned model can be inspected, cloned, laid out and saved like any other.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,17 +21,14 @@ import onnx_ir as ir
 
 from qmoe_rules.formats import Spec
 from qmoe_rules.layouts import LAYOUTS
-from qmoe_rules.slabs import Slab, SlabWork
-from qmoe_rules.statistics import Statistics
+from qmoe_rules.slabs import FileStatistics, Slab, SlabWork
+from qmoe_rules.statistics import ProjectionStatistics
 from qmoe_rules.weights import ExpertWeights
 
 __all__ = ["PlannedTensor", "Projection", "plan_values", "register_beside"]
 
 _MEMO = "qmoe_rules.planned"
 _CACHE_BYTES = 64 << 20
-
-StatisticsOf = Callable[[int], Statistics | None]
-"""What is known of the inputs of an expert, by its index."""
 
 
 class Projection:
@@ -55,7 +51,7 @@ class Projection:
         spec: Spec,
         layout: str,
         method: str,
-        statistics: StatisticsOf | None = None,
+        statistics: ProjectionStatistics | None = None,
     ) -> None:
         self.weights = weights
         self.spec = spec
@@ -95,15 +91,18 @@ class Projection:
 
     def work(self, expert: int) -> SlabWork:
         """Returns what it takes to compute one expert."""
-        label = f"weight {self.weights.name!r}, expert {expert}"
         weight = self.weights.expert(expert)
         known = self.statistics(expert) if self.statistics else None
-        return SlabWork(weight, self.spec, self.layout, self.method, known, label)
+        return SlabWork(weight, self.spec, self.layout, self.method, known, self._label(expert))
 
     def portable_work(self, expert: int) -> SlabWork:
-        """Returns the same for another process, which reads the weights from their file itself."""
-        work = self.work(expert)
-        return dataclasses.replace(work, source=self.weights.file_slice(expert) or work.source)
+        """Returns the same for another process, which reads what lies in files itself."""
+        source = self.weights.file_slice(expert) or self.weights.expert(expert)
+        known = FileStatistics.of(self.statistics, expert) if self.statistics else None
+        return SlabWork(source, self.spec, self.layout, self.method, known, self._label(expert))
+
+    def _label(self, expert: int) -> str:
+        return f"weight {self.weights.name!r}, expert {expert}"
 
     def slab(self, expert: int) -> Slab:
         """Computes every part of one expert.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = ["Files", "Source", "data_files", "data_files_at", "load", "locate"]
 
 _FILES = "qmoe_rules.files"
 _LARGEST = 1 << 31  # bytes of an .onnx file, which protobuf cannot exceed
+_filtering = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     for defect in defects(proto):
         raise SourceError(f"{path} is not an ONNX model: {defect}")
     try:
-        with warnings.catch_warnings():  # what the parser ignores is not the reader's business
+        # What the parser ignores is not the reader's business. Filters are those of all threads.
+        with _filtering, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model = ir.serde.deserialize_model(proto)
         model.graph.sort()  # which keeps the order of a model that is in order, as it should be

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qmoe_rules import ops
+from qmoe_rules.errors import SourceError
 from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, data_files_at, load, locate
 from qmoe_rules.mappings import told_when_lost
@@ -158,6 +159,8 @@ def _measure(
         measure(model, load(path), report, workers=workers, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted while measuring; {path} is written") from None
+    except SourceError as error:
+        raise SourceError(f"{path} is written, but not measured: {error}") from error
 
 
 @told_when_lost()

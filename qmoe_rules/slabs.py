@@ -5,6 +5,7 @@ A slab's work needs numbers only, so that it can be handed to another process.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -18,9 +19,18 @@ from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import Spec
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.quantizers import METHODS
-from qmoe_rules.statistics import Statistics
+from qmoe_rules.statistics import Calibration, ProjectionStatistics, Statistics
 
-__all__ = ["FileSlice", "Place", "Slab", "SlabWork", "checksum", "quantized_slab", "write_slab"]
+__all__ = [
+    "FileSlice",
+    "FileStatistics",
+    "Place",
+    "Slab",
+    "SlabWork",
+    "checksum",
+    "quantized_slab",
+    "write_slab",
+]
 
 _CHUNK_BYTES = 4 << 20
 
@@ -90,6 +100,52 @@ class FileSlice:
 
 
 @dataclass(frozen=True)
+class FileStatistics:
+    """Where the statistics of one expert lie: a Hessian [K, K] is larger than the weights.
+
+    Attributes:
+        path: The file of the calibration.
+        identity: Of the calibration.
+        node: Name of the MoE node.
+        projection: `"fc1"` or `"fc2"`.
+        hessian: Whether the quantizer wants a Hessian.
+        expert: Index of the expert.
+    """
+
+    path: str
+    identity: tuple[object, ...]
+    node: str
+    projection: str
+    hessian: bool
+    expert: int
+
+    @classmethod
+    def of(cls, known: ProjectionStatistics, expert: int) -> FileStatistics:
+        """Returns where `known(expert)` is read from."""
+        path, identity = str(known.calibration.path), known.calibration.identity
+        return cls(path, identity, known.node, known.projection, known.hessian, expert)
+
+    def read(self) -> Statistics | None:
+        """Returns what a quantizer should go by.
+
+        Raises:
+            SourceError: The file cannot be read, is broken, or is another calibration by now.
+        """
+        calibration = _calibration(self.path, self.identity)
+        return ProjectionStatistics(calibration, self.node, self.projection, self.hessian)(
+            self.expert
+        )
+
+
+@functools.lru_cache(maxsize=4)  # a process has one slab after the other of the same file
+def _calibration(path: str, identity: tuple[object, ...]) -> Calibration:
+    calibration = Calibration.load(path)
+    if calibration.identity != identity:
+        raise SourceError(f"{path} is another calibration than the one that was planned with")
+    return calibration
+
+
+@dataclass(frozen=True)
 class Place:
     """Where one part of a slab goes.
 
@@ -119,7 +175,7 @@ class SlabWork:
         spec: The format of the codes and the block size.
         layout: Name of the order of the stored bytes.
         method: Name of the quantizer.
-        statistics: What the expert has seen of its inputs, or None.
+        statistics: What the expert has seen of its inputs, or where that lies, or None.
         label: What to call the weights in an error.
     """
 
@@ -127,19 +183,22 @@ class SlabWork:
     spec: Spec
     layout: str
     method: str
-    statistics: Statistics | None
+    statistics: Statistics | FileStatistics | None
     label: str
 
     def compute(self) -> Slab:
         """Computes every part.
 
         Raises:
-            SourceError: The weights cannot be read, or hold an infinity or a NaN.
+            SourceError: The weights or the statistics cannot be read, or the weights hold an
+                infinity or a NaN.
         """
-        source = self.source
+        source, known = self.source, self.statistics
+        if isinstance(known, FileStatistics):
+            known = known.read()
         try:
             weight = source.read() if isinstance(source, FileSlice) else source
-            return quantized_slab(weight, self.spec, self.layout, self.method, self.statistics)
+            return quantized_slab(weight, self.spec, self.layout, self.method, known)
         except SourceError as error:
             raise SourceError(f"{self.label}: {error}; quantization needs finite weights") from None
         except (OSError, ValueError) as error:

@@ -263,21 +263,22 @@ class Calibration:
             )
 
     @property
-    def _identity(self) -> tuple[object, ...]:
+    def identity(self) -> tuple[object, ...]:
+        """What equal calibrations have in common, whichever files they are in."""
         model = hashlib.blake2b(json.dumps(self.fingerprints).encode(), digest_size=8).hexdigest()
         return model, self.data, self.tokens, self.hessian
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Calibration) and self._identity == other._identity
+        return isinstance(other, Calibration) and self.identity == other.identity
 
     def __hash__(self) -> int:
-        return hash(self._identity)
+        return hash(self.identity)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calibration.load, (str(self.path),)
 
     def __repr__(self) -> str:
-        model, data, tokens, hessian = self._identity
+        model, data, tokens, hessian = self.identity
         kind = "Hessians" if hessian else "means"
         return f"Calibration({kind} of {tokens} tokens, model {model}, data {data})"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,7 @@ from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers import METHODS, rtn
 from qmoe_rules.report import CONVERTED, SKIPPED
 from qmoe_rules.rules import apply_rules
+from qmoe_rules.slabs import FileStatistics
 from qmoe_rules.statistics import ProjectionStatistics, Statistics
 from tests.moe_models import Array, Experts, Graph, layers, single
 from tests.moe_models import inputs_of as graph_inputs
@@ -165,9 +168,9 @@ def test_equal_calibrations_share_and_clones_keep_theirs(calls: list[Call], tmp_
 
 
 def test_other_processes_get_the_statistics(tmp_path: Path) -> None:
-    """The work that is handed to them carries what it needs; no method looks anything up."""
+    """They read them: the work that is handed to them is smaller than a Hessian."""
     model = single(SMALL)
-    calibration = calibrate(model, feeds(), tmp_path / "c")
+    calibration = calibrate(model, feeds(16), tmp_path / "c", hessian=True)
     converted, _ = planned(model, method="rtn", calibration=calibration)
     (node,) = ops.nodes(converted, "QMoE")
     value = ops.inputs(node)["fc1_experts_weights"]
@@ -176,10 +179,21 @@ def test_other_processes_get_the_statistics(tmp_path: Path) -> None:
     known = ProjectionStatistics(calibration, "moe", "fc1", hessian=True)
     after = Projection(before.weights, before.spec, before.layout, before.method, known)
     work = after.portable_work(1)
-    assert work.statistics is not None
-    assert work.statistics.tokens == calibration.counts("moe", "fc1")[1]
+    assert isinstance(work.statistics, FileStatistics)
+    assert len(pickle.dumps(work.statistics)) < SMALL.hidden**2 * 4
     with ProcessPoolExecutor(1) as pool:
+        read = pool.submit(work.statistics.read).result()
         slab = pool.submit(work.compute).result()
+        changed = dataclasses.replace(work.statistics, identity=())
+        with pytest.raises(SourceError, match="is another calibration than the one that was"):
+            pool.submit(changed.read).result()
+    expected = known(1)
+    assert read is not None
+    assert expected is not None
+    assert read.tokens == expected.tokens
+    assert read.hessian is not None
+    np.testing.assert_array_equal(read.hessian, expected.hessian)
+    np.testing.assert_array_equal(read.mean_square, expected.mean_square)
     np.testing.assert_array_equal(slab["weights"], before.slab(1)["weights"])
 
 

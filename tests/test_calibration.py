@@ -176,6 +176,16 @@ def test_one_token() -> None:
     assert_seen(calibration, "moe", expected)
 
 
+def test_one_expert_of_a_long_name() -> None:
+    """Most of the header is names: it has room for every one of them."""
+    one, model = replace(SMALL, experts=1), single(replace(SMALL, experts=1))
+    next(ops.nodes(model, "MoE")).name = name = "moe" * 100
+    (feed,) = several(one, 1)
+    calibration = calibrate(model, [feed], hessian=True)
+    expected = seen(one.arrays(), feed["x"], feed["router_probs"], **one.attributes)
+    assert_seen(calibration, name, expected)
+
+
 @pytest.mark.parametrize("masked", [-1e9, -np.inf])
 def test_an_expert_that_never_fires(masked: float, tmp_path: Path) -> None:
     feeds = several(SMALL, 2)

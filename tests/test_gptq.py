@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -185,6 +186,14 @@ def test_a_hessian_that_rounding_made_indefinite_is_damped_further() -> None:
     assert np.isfinite(found.dequantize()).all()
 
 
+def test_a_hessian_whose_mean_is_no_float32_is_no_hessian() -> None:
+    statistics, weight, spec = seen(), drawn(20), Spec(FORMATS["int4"], 32)
+    hessian = np.zeros((COLUMNS, COLUMNS), np.float32)
+    hessian[3, 3] = 1e-45
+    least = Statistics(100, statistics.mean_square, hessian)
+    same_bytes(gptq(weight, spec, least), search(weight, spec, least))
+
+
 _RUN = """
 import hashlib, sys, threading
 import numpy as np
@@ -238,6 +247,16 @@ def test_the_blas_has_one_thread_meanwhile_and_the_bytes_are_the_same() -> None:
     assert said[1][1] == said[2][1]
 
 
+@pytest.mark.parametrize("dtype", SCALE_DTYPES.values(), ids=list(SCALE_DTYPES))
+def test_scales_of_the_greatest_weights_are_finite(dtype: np.dtype) -> None:
+    end = ml_dtypes.finfo(dtype).max  # type: ignore[no-untyped-call]
+    weight = np.full((20, COLUMNS), end, dtype)
+    weight[:, ::3] = -weight[:, ::3]
+    found = gptq(weight, Spec(FORMATS["int2"], 32), seen())
+    assert np.isfinite(found.scales.astype(np.float32)).all()
+    same_bytes(found, gptq_numpy(weight, Spec(FORMATS["int2"], 32), seen()))
+
+
 def test_weights_that_are_not_finite_are_a_source_error() -> None:
     weight = drawn()
     weight[7, 9] = np.inf
@@ -250,8 +269,9 @@ def test_weights_that_are_not_finite_are_a_source_error() -> None:
     [
         (np.eye(128, dtype=np.float32), r"^hessian is \[128, 128\], where K=256$"),
         (np.full((256, 256), np.nan, np.float32), "^hessian holds an infinity or a NaN$"),
+        (np.diag([-1, *[1] * 255]).astype(np.float32), "^hessian is negative somewhere on its dia"),
     ],
-    ids=["size", "NaN"],
+    ids=["size", "NaN", "negative"],
 )
 def test_statistics_that_do_not_fit_are_refused(hessian: Array, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,30 @@ def test_loading_reads_no_weight(tiny_fp32: Path) -> None:
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     assert len(external) == 13
     assert all(tensor.raw is None for tensor in external)
+
+
+def test_threads_that_load_leave_the_warnings_as_they_were(
+    tiny_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = [0]
+    deserialize = ir.serde.deserialize_model
+
+    def counted(proto: onnx.ModelProto) -> ir.Model:
+        inside.append(inside[-1] + 1)
+        model = deserialize(proto)
+        inside.append(inside[-1] - 1)
+        return model
+
+    monkeypatch.setattr(ir.serde, "deserialize_model", counted)
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(load, [tiny_fp32] * 16))
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(inside) == 1
+    assert warnings.filters == before
 
 
 def test_bare_file_name_finds_its_data(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +282,20 @@ def test_symlink_inside_the_folder_is_followed(source: Path, tmp_path: Path) -> 
 
 
 # Constant nodes with external data.
+
+
+def test_reference_to_a_functions_attribute_needs_no_type(tmp_path: Path) -> None:
+    softmax = helper.make_node("Softmax", ["a"], ["b"])
+    softmax.attribute.add(name="axis", ref_attr_name="axis")
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "Soft", ["a"], ["b"], [softmax], imports, ["axis"])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy")
+    call = helper.make_node("Soft", ["x"], ["y"], domain="own", axis=1)
+    graph = helper.make_graph([call], "g", [x], [y])
+    onnx.save(
+        helper.make_model(graph, opset_imports=imports, functions=[function]), tmp_path / "m.onnx"
+    )
+    assert len(load(tmp_path / "m.onnx").functions) == 1
 
 
 def constant_of(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:

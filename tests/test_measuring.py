@@ -13,6 +13,7 @@ import pytest
 from qmoe_rules import Report, plan, quantize
 from qmoe_rules import measuring as module
 from qmoe_rules.cli import main
+from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.measuring import relative_error
 from qmoe_rules.report import SKIPPED
@@ -147,6 +148,20 @@ def test_an_interruption_while_measuring_says_that_the_model_is_there(
     assert capsys.readouterr().err == f"qmoe: interrupted while measuring; {written} is written\n"
     assert written.is_file()
     assert not page.exists()
+
+
+def test_an_error_while_measuring_says_that_the_model_is_there(
+    tiny_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise SourceError("weight 'w': gone")
+
+    monkeypatch.setattr("qmoe_rules.pipeline.measure", fail)
+    written = tmp_path / "out" / "model.onnx"
+    with pytest.raises(SourceError) as told:
+        quantize(tiny_fp16, tmp_path / "out", measured=True)
+    assert str(told.value) == f"{written} is written, but not measured: weight 'w': gone"
+    assert written.is_file()
 
 
 def test_relative_error_of_a_zero_weight_is_absolute() -> None:

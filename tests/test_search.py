@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from qmoe_rules.errors import SourceError
 from qmoe_rules.formats import FORMATS, SCALE_DTYPES, Spec
+from qmoe_rules.quantizers._search_rows import NumpyEngine
 from qmoe_rules.quantizers.rtn import rtn
 from qmoe_rules.quantizers.search import search, search_numpy
 from qmoe_rules.statistics import Statistics
@@ -131,6 +133,31 @@ def test_rows_do_not_know_each_other(spec: Spec) -> None:
 def test_row_scales_stay_positive_and_unsigned_blocks_too(block_size: int) -> None:
     spec = Spec(FORMATS["int4"], block_size, signed=False)
     assert (search(drawn(), spec).scales.astype(np.float32) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", SCALE_DTYPES.values(), ids=list(SCALE_DTYPES))
+@pytest.mark.parametrize("quantize", [search, search_numpy])
+def test_scales_of_the_greatest_weights_are_finite(quantize: Any, dtype: np.dtype) -> None:
+    end = np.float32(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    weight = np.random.default_rng(1).uniform(-end, end, (20, 256)).astype(dtype)
+    weight[:, ::7] = end
+    found = quantize(weight, Spec(FORMATS["int2"], 32), seen(256))
+    assert np.isfinite(found.scales.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("weight", [np.inf, np.nan])
+def test_the_first_candidate_is_chosen_where_no_error_is_finite(
+    weight: float, floats: bool
+) -> None:
+    values, weights = np.ones((1, 4, 3), np.float32), np.full((1, 4), weight, np.float32)
+    scales = np.full((2, 1, 3), 0.3, np.float32)
+    chosen = np.full((1, 3), -1)
+    with np.errstate(invalid="ignore"):
+        NumpyEngine().least_error(
+            values, weights, scales, np.full_like(scales, 6), np.float32(12), floats, chosen
+        )
+    assert not chosen.any()
 
 
 def test_weights_that_are_not_finite_are_a_source_error() -> None:

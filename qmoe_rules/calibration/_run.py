@@ -120,8 +120,12 @@ class Run:
                 head, columns = f"{layer.name}/{name}", layer.columns(name)
                 entries.append((f"{head}/tokens", "int64", (layer.experts,)))
                 entries.append((f"{head}/mean_square", "float32", (layer.experts, columns)))
-                for expert in range(layer.experts) if self.hessian else ():
+                if not self.hessian:
+                    continue
+                for expert in range(layer.experts):
                     entries.append((f"{head}/hessian/{expert}", "float32", (columns, columns)))
+                if name == "fc1":
+                    entries.append((f"{head}/hessian", "float32", (columns, columns)))
         return entries
 
     def _run_stage(

@@ -65,6 +65,8 @@ class StatisticsWriter:
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""
         header = _header(metadata, self.entries, 0)
+        if len(header) > self._room:
+            raise AssertionError(f"a header of {len(header)} bytes, where {self._room} are left")
         with self.path.open("r+b") as file:
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
 

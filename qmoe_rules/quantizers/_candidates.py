@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -81,9 +82,14 @@ def candidates(blocks: Float32, axis: int, spec: Spec) -> tuple[Float32, Float32
     return scales, np.concatenate(points)
 
 
-def stored_scales(scales: Float32, dtype: np.dtype) -> npt.NDArray[np.generic]:
-    """Returns scales rounded to the type that is stored; only what is 0 becomes 0."""
-    rounded = scales.astype(dtype)
+def stored_scales(
+    scales: Float32, unit: Float32 | np.float32, dtype: np.dtype
+) -> npt.NDArray[np.generic]:
+    """Returns scales in some unit as they are stored: only 0 becomes 0, and none infinite."""
+    with np.errstate(over="ignore"):
+        scales = scales * unit
+    end = np.float32(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    rounded: npt.NDArray[np.generic] = np.clip(scales, -end, end).astype(dtype)
     floor = smallest_scale(dtype)
     lost = (scales != 0) & (np.abs(rounded.astype(np.float32)) < floor)
     rounded[lost] = np.copysign(floor, scales[lost]).astype(dtype)

@@ -50,3 +50,5 @@ def check_statistics(statistics: Statistics | None, columns: int) -> None:
             raise ValueError(f"{name} holds an infinity or a NaN")
     if (statistics.mean_square < 0).any():
         raise ValueError("mean_square is negative somewhere")
+    if statistics.hessian is not None and (np.diagonal(statistics.hessian) < 0).any():
+        raise ValueError("hessian is negative somewhere on its diagonal")

@@ -84,15 +84,16 @@ class Curvature:
 
     @classmethod
     def of(cls, hessian: Float32, block: int) -> Curvature | None:
-        """Factors a Hessian [K, K] of blocks of so many columns; None where it is all zero."""
+        """Factors a Hessian [K, K] of blocks of so many columns; None where it is zero."""
         seen = np.diagonal(hessian).astype(np.float64).reshape(-1, block)
-        if not seen.any():
+        mean = np.float32(seen.mean())
+        if mean == 0:
             return None
         blocks = np.argsort(-seen.sum(axis=1), kind="stable")
         within = np.argsort(-seen, axis=1, kind="stable")
         order = (within + block * np.arange(len(seen))[:, None])[blocks].reshape(-1)
         ordered = hessian[order][:, order]
-        ordered /= np.float32(seen.mean())
+        ordered /= mean
         lower = _factored(ordered)
         diagonal = np.diagonal(lower)[::-1]
         shares = np.ascontiguousarray(lower.T[::-1, ::-1])

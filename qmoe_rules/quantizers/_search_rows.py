@@ -69,7 +69,7 @@ class NumpyEngine:
         floats: bool, chosen: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
         """See `_kernels.searching.least_error`."""
-        best = np.full(chosen.shape, np.float32(np.inf))
+        best = np.empty(chosen.shape, np.float32)
         sums = np.empty((3, *chosen.shape), np.float32)
         for index, (scale, point) in enumerate(zip(scales, points, strict=True)):
             self.measure(values, weights, scale, point, top, floats, sums)
@@ -77,7 +77,7 @@ class NumpyEngine:
             if not floats:
                 ratio = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
                 error = error - slope * ratio
-            better = error < best
+            better = (index == 0) | (error < best)
             best[better], chosen[better] = error[better], index
 
     def encode_rows(
@@ -151,7 +151,7 @@ class Rows:
 
     def stored(self, scales: Float32) -> npt.NDArray[np.generic]:
         """Returns scales of the values as scales of the weights, as they are stored."""
-        return stored_scales(scales * self.unit, self.dtype)
+        return stored_scales(scales, self.unit, self.dtype)
 
     def total(self, sums: Float32) -> Float64:
         """Adds up sums of squares over the blocks of every row, [N]."""

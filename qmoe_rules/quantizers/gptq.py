@@ -108,6 +108,8 @@ class _Expert:
         weights: float32 [K, N].
         scales: float32 [blocks, N], what a code of 1 means.
         points: float32 [blocks, N], what lies between the least code and 0.
+        unit: What weights and scales are divided by, a power of two: 1 unless they are so large
+            that their squares would overflow.
         codes: float32 [K, N], without zero points.
         errors: float32 [K, N], weights - codes * scales.
     """
@@ -118,6 +120,7 @@ class _Expert:
     weights: Float32
     scales: Float32
     points: Float32
+    unit: np.float32
     codes: Float32
     errors: Float32
 
@@ -139,8 +142,11 @@ class _Expert:
             points[:] = nearest.zero_points.reshape(len(weight), -1).T[blocks]
         if nearest.global_scale is not None:
             scales *= nearest.global_scale
+        unit = np.ldexp(np.float32(1), max(int(np.frexp(np.abs(weights).max())[1]) - 32, 0))
+        weights /= unit
+        scales /= unit
         codes = np.zeros_like(weights)
-        return cls(nearest, curvature, engine, weights, scales, points, codes, weights.copy())
+        return cls(nearest, curvature, engine, weights, scales, points, unit, codes, weights.copy())
 
     @property
     def floats(self) -> bool:
@@ -190,7 +196,8 @@ class _Expert:
         bend = self.curvature.hessian[block, block] @ codes
         slope, curve = (codes * slopes).sum(axis=0), (codes * bend).sum(axis=0)
         wanted = old + np.divide(slope, curve, out=np.zeros_like(old), where=curve > 0)
-        new = stored_scales(wanted, self.nearest.scales.dtype).astype(np.float32)
+        new = stored_scales(wanted, self.unit, self.nearest.scales.dtype).astype(np.float32)
+        new /= self.unit
         moved = new - old
         better = np.isfinite(new) & (moved * (2 * slope - moved * curve) > 0)
         if not is_signed(self.nearest.spec):
@@ -217,7 +224,7 @@ class _Expert:
         size = len(self.weights) // len(points)
         packed = self._packed(self.codes + np.repeat(self.points, size, axis=0))
         shape = nearest.scales.shape
-        stored = stored_scales(scales.T, nearest.scales.dtype).reshape(shape)
+        stored = stored_scales(scales.T, self.unit, nearest.scales.dtype).reshape(shape)
         zero_points = None if spec.symmetric else points.T.astype(np.uint8).reshape(shape)
         return QuantizedWeights(packed, stored, spec, zero_points)
 
