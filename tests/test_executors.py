@@ -450,6 +450,9 @@ def test_command_line_uses_the_cluster(
 
 
 def test_cluster_says_how_many_threads_it_has(cluster: Any) -> None:
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(cluster.scheduler_address) as client:
+        client.wait_for_workers(2, timeout=60)  # one that a test before this has killed comes back
     with dask.cluster(cluster.scheduler_address) as (executor, workers):
         assert workers == 2
         assert executor.submit(sum, [1, 2]).result() == 3
