@@ -74,7 +74,8 @@ def _differences(before: ir.Model, after: ir.Model) -> Iterator[tuple[tuple[str 
         for a, b in zip(getattr(before.graph, kind), getattr(after.graph, kind), strict=False):
             yield from _fields(f"graph {kind[:-1]} {a.name}", (a.name,), a, b, _OF_VALUE)
     was, now = (set(model.graph.opset_imports) for model in (before, after))
-    for domain in sorted((now - was - {ops.DOMAIN}) | (was - now)):
+    used = {node.domain for node in before.graph.all_nodes()}
+    for domain in sorted((now - was - {ops.DOMAIN}) | ((was - now) & used)):
         yield (domain,), f"opset import {domain} is {'new' if domain in now else 'gone'}"
     comparison = Comparison(comparable(before), comparable(after))
     for x, y in comparison.met.items():
