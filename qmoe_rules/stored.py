@@ -91,6 +91,18 @@ class StoredProjection:
         """The activation type, which the scales of integers share; None where they do not tell."""
         return None if self.spec.format.scale else self.slices["scales"].dtype
 
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether an expert's global scale changes digits: it is there, and no power of two.
+
+        Raises:
+            SourceError: The data behind the node are missing or too short.
+        """
+        if not self.spec.has_scales or "global_scale" not in self.slices:
+            return False
+        scales = self.slices["global_scale"].read(0, self.shape[0])
+        return bool((np.abs(np.frexp(scales)[0]) != 0.5).any())
+
     def expert(self, index: int) -> QuantizedWeights:
         """Returns one expert, packed [N, K*bits/8].
 

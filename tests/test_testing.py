@@ -507,8 +507,22 @@ def newer_opset(model: ir.Model) -> None:
     model.graph.opset_imports[""] = 22
 
 
+def lost_import(model: ir.Model) -> None:
+    del model.graph.opset_imports[ops.DOMAIN]
+
+
 def changed_bias(model: ir.Model) -> None:
     initializer(model, "l0_fc1_bias")[0, 0] = 9
+
+
+def fewer_experts_per_token(model: ir.Model) -> None:
+    nodes_of(model, "QMoE")[0].attributes["k"] = ir.AttrInt64("k", 1)
+
+
+def another_activation(model: ir.Model) -> None:
+    nodes_of(model, "QMoE")[1].attributes["activation_type"] = ir.AttrString(
+        "activation_type", "relu"
+    )
 
 
 TOUCHED: dict[Callable[[ir.Model], None], str] = {
@@ -521,7 +535,10 @@ TOUCHED: dict[Callable[[ir.Model], None], str] = {
     renamed_output: "name of graph output y is 'z', and was 'y'",
     retyped_input: r"shape of graph input x is \[1, 32\], and was \['tokens', 32\]",
     newer_opset: "opset ai.onnx 21, and 22 in the converted model",
+    lost_import: "opset import com.microsoft is gone",
     changed_bias: "constant l0_fc1_bias has other values",
+    fewer_experts_per_token: "/layers.0/moe: k=1, and 2 in the float model",
+    another_activation: "/layers.1/moe: activation_type=relu, and silu in the float model",
 }
 
 

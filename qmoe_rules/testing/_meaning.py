@@ -157,15 +157,19 @@ def _tolerance(model: ir.Model) -> float:
 
 def _node_tolerance(node: ir.Node) -> float:
     """Returns how far a node may be off; the widest tolerance where its weights are not known."""
-    specs, dtypes = [_FLOAT], ["float32", "float16", "bfloat16"]
+    kinds, dtypes = [(_FLOAT, False)], ["float32", "float16", "bfloat16"]
     if ops.is_op(node, "QMoE"):
         found = stored(node)
         if not isinstance(found, str):
-            specs = [each.spec for each in found.values()]
+            kinds = [(each.spec, each.is_rescaled) for each in found.values()]
             dtypes = [each.dtype.name for each in found.values() if each.dtype] or dtypes
     else:
         weights = constant_weights(ops.inputs(node))
         if not isinstance(weights, str):
             dtypes = [weights["fc1"].dtype.name]
     level = ops.attributes(node)["accuracy_level"] if ops.is_op(node, "QMoE") else None
-    return max(tolerance_of(CPU, spec, dtype, level).error for spec in specs for dtype in dtypes)
+    return max(
+        tolerance_of(CPU, spec, dtype, level, rescaled=rescaled).error
+        for spec, rescaled in kinds
+        for dtype in dtypes
+    )

@@ -12,6 +12,7 @@ from qmoe_rules.overrides import check_pattern, matches
 from qmoe_rules.passes import prepare
 from qmoe_rules.testing._evaluation import AnyModel, copied
 from qmoe_rules.verification._comparison import Comparison, ancestors
+from qmoe_rules.verification._nodes import attribute_differences
 from qmoe_rules.verification._pairing import comparable
 
 __all__ = ["assert_untouched"]
@@ -35,9 +36,10 @@ def assert_untouched(before: AnyModel, after: AnyModel, *, except_: Sequence[str
     That is: nodes and their attributes, names, doc strings and metadata, constants byte for byte
     and initializers by name, the inputs and outputs of the graph, opset versions, and what the
     model says about itself. The experts are the weights of MoE and QMoE nodes, the form of their
-    gates, and whatever leads from a stored weight to them; their biases and router logits are not.
-    Names of intermediate values do not matter, and what nothing uses is left out. Functions that
-    hold a MoE are inlined in both models first.
+    gates, and whatever leads from a stored weight to them; their biases, router logits, routing and
+    activation are not. Names of intermediate values do not matter, and what nothing uses, such as
+    an initializer that was left behind, is left out. Functions that hold a MoE are inlined in both
+    models first.
 
     Args:
         before: The model as it was.
@@ -71,10 +73,14 @@ def _differences(before: ir.Model, after: ir.Model) -> Iterator[tuple[tuple[str 
     for kind in ("inputs", "outputs"):
         for a, b in zip(getattr(before.graph, kind), getattr(after.graph, kind), strict=False):
             yield from _fields(f"graph {kind[:-1]} {a.name}", (a.name,), a, b, _OF_VALUE)
-    imports = set(after.graph.opset_imports) - set(before.graph.opset_imports) - {ops.DOMAIN}
-    for domain in sorted(imports):
-        yield (domain,), f"opset import {domain} is new"
+    was, now = (set(model.graph.opset_imports) for model in (before, after))
+    used = {node.domain for node in before.graph.all_nodes()}
+    for domain in sorted((now - was - {ops.DOMAIN}) | ((was - now) & used)):
+        yield (domain,), f"opset import {domain} is {'new' if domain in now else 'gone'}"
     comparison = Comparison(comparable(before), comparable(after))
+    for x, y in comparison.met.items():
+        for _, text in attribute_differences(x, y):
+            yield (x.name, x.outputs[0].name), f"{ops.label(x)}: {text}"
     experts = ancestors(*_weights(before))
     for difference in comparison.differences:
         producer = difference.at.producer()

@@ -101,7 +101,7 @@ class _Conversion:
         """Returns the tolerance of the less exact projection."""
         level = ops.attributes(self.after)["accuracy_level"]
         rows = (
-            tolerance_of(provider, each.spec, self.dtype.name, level)
+            tolerance_of(provider, each.spec, self.dtype.name, level, rescaled=each.is_rescaled)
             for each in self.stored.values()
         )
         return max(rows, key=lambda row: row.error)

@@ -271,15 +271,15 @@ def relative_error(actual: Array, expected: Array, dtype: np.dtype | None = None
     Args:
         actual: Any numbers.
         expected: What they should be.
-        dtype: A type that was computed in: what it cannot hold but as subnormals, which some
-            kernels take for zero, is no error.
+        dtype: A type that was computed in: where it holds both numbers as subnormals, which some
+            kernels take for zero, there is no error.
     """
-    wide = expected.astype(np.float64)
-    error = float(np.linalg.norm(actual.astype(np.float64) - wide))
-    norm = float(np.linalg.norm(wide))
-    if not np.isfinite(error):
-        return float("inf")
+    wide, found = expected.astype(np.float64), actual.astype(np.float64)
+    difference, norm = found - wide, float(np.linalg.norm(wide))
     if dtype is not None:
         least = float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
-        error = max(0.0, error - least * wide.size**0.5)
+        difference[(np.abs(wide) < least) & (np.abs(found) < least)] = 0.0
+    error = float(np.linalg.norm(difference))
+    if not np.isfinite(error):
+        return float("inf")
     return error / norm if norm else error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -21,18 +21,21 @@ from qmoe_rules.verification._report import (
     NodeResult,
 )
 
-__all__ = ["check_node"]
+__all__ = ["attribute_differences", "check_node"]
 
 _STATUS = {("MoE", "QMoE"): CONVERTED, ("QMoE", "QMoE"): KEPT, ("MoE", "MoE"): FLOAT}
-_ROUTING = ("k", "normalize_routing_weights", "use_sparse_mixer")
-_ACTIVATION = (
-    "activation_type",
-    "activation_alpha",
-    "activation_beta",
-    "swiglu_fusion",
-    "swiglu_limit",
-    "swiglu_limit_after_activation",
-)
+# The attributes that mean something, and the check of each.
+_CHECKED = {
+    "activation_type": "attributes",
+    "activation_alpha": "attributes",
+    "activation_beta": "attributes",
+    "swiglu_fusion": "attributes",
+    "swiglu_limit": "attributes",
+    "swiglu_limit_after_activation": "attributes",
+    "k": "routing",
+    "normalize_routing_weights": "routing",
+    "use_sparse_mixer": "routing",
+}
 # What the absence of an attribute means.
 _ABSENT = {"swiglu_limit": float("inf"), "swiglu_limit_after_activation": 0}
 _BIASES = ("fc1_experts_bias", "fc2_experts_bias", "fc3_experts_bias")
@@ -60,8 +63,7 @@ def check_node(
         reason = f"{first or 'nothing'} in the float model, {second or 'nothing'} in the other"
         return result.failing(Failure("pairing", reason))
     result = result.failing(
-        *_attributes("attributes", _ACTIVATION, before, after),
-        *_attributes("routing", _ROUTING, before, after),
+        *(Failure(check, text) for check, text in attribute_differences(before, after)),
         *_values(before, after, comparison),
     )
     if status == CONVERTED:
@@ -69,15 +71,17 @@ def check_node(
     return result.failing(*_changes(before, after, comparison, settings))
 
 
-def _attributes(
-    check: str, names: Iterable[str], before: ir.Node, after: ir.Node
-) -> Iterator[Failure]:
+def attribute_differences(before: ir.Node, after: ir.Node) -> Iterator[tuple[str, str]]:
+    """Yields what two MoE or QMoE nodes do not agree about: the check that it fails, and words.
+
+    Defaults are filled in; what says how weights are stored is left out.
+    """
     first, second = ops.attributes(before), ops.attributes(after)
-    for name in names:
+    for name, check in _CHECKED.items():
         a, b = (_ABSENT.get(name) if each[name] is None else each[name] for each in (first, second))
         # The file holds float32, and a rule may have written a Python float.
         if a != b and not (isinstance(a, float) and np.float32(a) == np.float32(b)):
-            yield Failure(check, f"{name}={_shown(b)}, and {_shown(a)} in the float model")
+            yield check, f"{name}={_shown(b)}, and {_shown(a)} in the float model"
 
 
 def _shown(value: object) -> str:

@@ -36,6 +36,7 @@ class Tolerance:
         blocks: Block sizes.
         dtype: The activation type.
         accuracy_level: QMoE's attribute.
+        rescaled: Whether a global scale is no power of two.
     """
 
     error: float
@@ -45,8 +46,11 @@ class Tolerance:
     blocks: frozenset[int] | None = None
     dtype: str | None = None
     accuracy_level: int | None = None
+    rescaled: bool | None = None
 
-    def fits(self, provider: str, spec: Spec, dtype: str, accuracy_level: int | None) -> bool:
+    def fits(
+        self, provider: str, spec: Spec, dtype: str, accuracy_level: int | None, rescaled: bool
+    ) -> bool:
         """Returns whether a node of this kind takes the path."""
         return (
             self.provider in (None, provider)
@@ -54,6 +58,7 @@ class Tolerance:
             and (self.blocks is None or spec.block_size in self.blocks)
             and self.dtype in (None, dtype)
             and self.accuracy_level in (None, accuracy_level)
+            and self.rescaled in (None, rescaled)
         )
 
 
@@ -66,7 +71,7 @@ TOLERANCES = (
     Tolerance(2.5e-2, "activations rounded to int8", _CPU, _INT8, _BLOCKS),
     Tolerance(2.5e-2, "activations rounded to int8", _CPU, blocks=_BLOCKS, accuracy_level=4),
     Tolerance(2.5e-2, "products looked up in tables", _CPU, _INT2, _BLOCKS - {16}),
-    Tolerance(2.5e-2, "less exact than its weights", _CPU, _FP4, dtype="float32"),
+    Tolerance(2.5e-2, "global scales rounded", _CPU, _FP4, dtype="float32", rescaled=True),
     Tolerance(2.5e-2, "activations rounded to int8", _WEBGPU),
     Tolerance(1e-5, "float32 throughout", dtype="float32"),
     Tolerance(2e-3, "float16 activations", dtype="float16"),
@@ -76,7 +81,12 @@ TOLERANCES = (
 
 
 def tolerance_of(
-    provider: str, spec: Spec, dtype: str, accuracy_level: int | None = None
+    provider: str,
+    spec: Spec,
+    dtype: str,
+    accuracy_level: int | None = None,
+    *,
+    rescaled: bool = False,
 ) -> Tolerance:
     """Returns the row of a kernel path.
 
@@ -85,8 +95,10 @@ def tolerance_of(
         spec: How a projection is stored.
         dtype: The activation type, `"float32"`, `"float16"` or `"bfloat16"`.
         accuracy_level: QMoE's attribute, None where it is absent.
+        rescaled: Whether a global scale is no power of two (`StoredProjection.is_rescaled`).
     """
-    return next(row for row in TOLERANCES if row.fits(provider, spec, dtype, accuracy_level))
+    kind = (provider, spec, dtype, accuracy_level, rescaled)
+    return next(row for row in TOLERANCES if row.fits(*kind))
 
 
 def runs_on(provider: str, dtype: str) -> str:
