@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.errors import SourceError
+from qmoe_rules.errors import SaveError, SourceError
 from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, data_files_at, load, locate
 from qmoe_rules.mappings import told_when_lost
@@ -112,6 +112,8 @@ def quantize(
     """
     recipe = Recipe.of(recipe, **recipe_fields)
     found = locate(source)
+    if not os.fspath(destination):
+        raise SaveError("the destination is empty; name a folder, or a file that ends in .onnx")
     path = _destination_file(found, Path(destination))
     model, report = _planned(found, recipe)
     if strict:

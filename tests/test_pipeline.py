@@ -184,6 +184,16 @@ def test_file_beside_the_source_in_its_own_folder_needs_no_side_files(source: Pa
 
 
 @pytest.mark.parametrize("spell", ["source", "source/model.onnx", "link", "link/../source"])
+def test_destination_without_a_name_is_refused(
+    tiny_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a shell makes of a variable that is not set: not the folder that one is in."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaveError, match=r"^the destination is empty; name a folder, or a file"):
+        quantize(tiny_fp32, "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_destination_that_is_the_source_is_refused(
     source: Path, tmp_path: Path, spell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
