@@ -29,9 +29,7 @@ DIFFERENT = 4
 SPECS = (
     Spec(FORMATS["int4"], 32),
     Spec(FORMATS["int4"], 32, symmetric=False),
-    Spec(FORMATS["int4"], 64),
     Spec(FORMATS["int4"], 0),
-    Spec(FORMATS["int2"], 32),
 )
 
 
