@@ -597,6 +597,15 @@ def test_a_float_model_that_cannot_run_is_told(tmp_path: Path) -> None:
     assert report.outputs == ()
 
 
+def test_inputs_that_came_to_nothing_are_told(tmp_path: Path) -> None:
+    after = converted(TINY["fp32"], tmp_path / "out", **INT4)
+    report = verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 8), 999)})
+    assert report.whole_model.startswith("not run, the float model: ")
+    assert report.whole_model.endswith(
+        "; the nodes were fed with random values, not with the given inputs"
+    )
+
+
 def test_an_output_that_is_not_finite_fails(tmp_path: Path) -> None:
     after = converted(TINY["fp32"], tmp_path / "out", **INT4)
     draft = Draft(after)

@@ -124,5 +124,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
     elif summaries:
         show(inspection_table(summaries), *verdicts(summaries))
     else:
-        show("no com.microsoft::MoE or QMoE node found")
+        show("no com.microsoft::MoE or QMoE node found; qmoe plan fuses experts of small nodes")
     return int(any(summary.verdict == GARBAGE for summary in summaries))

@@ -107,15 +107,18 @@ def verify(
             run = WholeRun(f"not run: {made}")
         else:
             run = run_both(first, second, made, _extra(names), provider, reason)
+    captured = [_captured(run, each) for each in names]
     nodes = tuple(
-        check_node(pair, comparison, _captured(run, each), settings)
-        for pair, each in zip(found, names, strict=True)
+        check_node(pair, comparison, each, settings)
+        for pair, each in zip(found, captured, strict=True)
     )
     texts = dict.fromkeys(each.text for each in comparison.differences)
     failures = [Failure("outside", text) for text in texts]
     if not any(pair.after is not None and ops.is_op(pair.after, "QMoE") for pair in found):
         failures.insert(0, Failure("pairing", "the converted model has no QMoE"))
     told = run.told or f"ran on {'the given' if given else 'random'} inputs"
+    if given and all(each is None for each in captured):
+        told = f"{told}; the nodes were fed with random values, not with the given inputs"
     return VerificationReport(provider, nodes, (*failures, *run.failures), run.outputs, told)
 
 
