@@ -39,7 +39,7 @@ def _external_entry_that_nobody_knows(proto: ModelProto) -> None:
     tensor_of(proto).external_data.add(key="", value="model.onnx.data")
 
 
-@proto_case("has the attributes ['']")
+@proto_case(r"has the attributes \[''\]")
 def _constant_of_no_name(proto: ModelProto) -> None:
     node = helper.make_node("Constant", [], ["c"], value_int=3)
     node.attribute[0].name = ""
