@@ -19,7 +19,7 @@ fp8 and experts without a Hessian are left to `search`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,10 @@ Float32 = npt.NDArray[np.float32]
 _Search = Callable[[npt.NDArray[np.generic], Spec, Statistics | None], QuantizedWeights]
 
 _SWEEPS = 3
-_CHUNK = 32  # columns at a time: within them errors are fed column by column, beyond by products
+# Within so many columns errors are fed column by column; beyond, by products of halves, which are
+# as large as can be, for products of few columns are slow.
+_CHUNK = 32
+_GROUP = 256  # columns whose slopes are found by one product
 
 
 def gptq(
@@ -161,37 +164,48 @@ class _Expert:
 
     def feed(self) -> None:
         """Chooses all codes, columns making up for those before them."""
-        for index, block in enumerate(self._blocks()):
-            for chunk in _chunks(block):
-                targets = self.curvature.shares[chunk, : chunk.start] @ self.errors[: chunk.start]
-                targets += self.weights[chunk]
-                share = np.ascontiguousarray(self.curvature.shares[chunk, chunk].T)
-                self.engine.feed(
-                    targets, self.weights[chunk], share, *self._grid(index),
-                    self.codes[chunk], self.errors[chunk],
-                )  # fmt: skip
+        self._feed(slice(0, len(self.weights)), self.weights.copy())
+
+    def _feed(self, part: slice, targets: Float32) -> None:
+        """Chooses the codes of some columns; the errors before them are in `targets`."""
+        if self._is_chunk(part):
+            share = np.ascontiguousarray(self.curvature.shares[part, part].T)
+            self.engine.feed(
+                targets, self.weights[part], share, *self._grid(part),
+                self.codes[part], self.errors[part],
+            )  # fmt: skip
+            return
+        first, second = self._halves(part)
+        middle = first.stop - first.start
+        self._feed(first, targets[:middle])
+        targets[middle:] += self.curvature.shares[second, first] @ self.errors[first]
+        self._feed(second, targets[middle:])
 
     def descend(self) -> None:
         """Moves scales and codes, one block after the other, to where the loss is least."""
-        for index, block in enumerate(self._blocks()):
-            hessian = self.curvature.hessian[block]
-            slopes = hessian @ self.errors
-            if not self.floats:
-                self._fit(index, block, slopes)
-            for chunk in _chunks(block):
-                here = slice(chunk.start - block.start, chunk.stop - block.start)
-                before = self.errors[chunk].copy()
-                square = np.ascontiguousarray(hessian[here, chunk])
-                self.engine.descend(
-                    slopes[here], square, *self._grid(index), self.codes[chunk], self.errors[chunk]
-                )
-                if here.stop < len(slopes):
-                    slopes[here.stop :] += hessian[here.stop :, chunk] @ (
-                        self.errors[chunk] - before
-                    )
+        size = max(_GROUP // self._size, 1) * self._size
+        for start in range(0, len(self.weights), size):
+            group = slice(start, min(start + size, len(self.weights)))
+            self._descend(group, self.curvature.hessian[group] @ self.errors)
 
-    def _fit(self, index: int, block: slice, slopes: Float32) -> None:
+    def _descend(self, part: slice, slopes: Float32) -> None:
+        """Moves some columns; `slopes` are their rows of the Hessian times all errors."""
+        if part.stop - part.start == self._size and not self.floats:
+            self._fit(part, slopes)
+        hessian, errors = self.curvature.hessian, self.errors
+        if self._is_chunk(part):
+            square = np.ascontiguousarray(hessian[part, part])
+            self.engine.descend(slopes, square, *self._grid(part), self.codes[part], errors[part])
+            return
+        first, second = self._halves(part)
+        middle, before = first.stop - first.start, errors[first].copy()
+        self._descend(first, slopes[:middle])
+        slopes[middle:] += hessian[second, first] @ (errors[first] - before)
+        self._descend(second, slopes[middle:])
+
+    def _fit(self, block: slice, slopes: Float32) -> None:
         """Takes the scales that are best for a block's codes, and brings its slopes up to date."""
+        index = block.start // self._size
         codes, old = self.codes[block], self.scales[index]
         bend = self.curvature.hessian[block, block] @ codes
         slope, curve = (codes * slopes).sum(axis=0), (codes * bend).sum(axis=0)
@@ -221,8 +235,7 @@ class _Expert:
         scales, points = np.empty_like(self.scales), np.empty_like(self.points)
         scales[self.curvature.blocks] = self.scales * gain(whole, lost)
         points[self.curvature.blocks] = self.points
-        size = len(self.weights) // len(points)
-        packed = self._packed(self.codes + np.repeat(self.points, size, axis=0))
+        packed = self._packed(self.codes + np.repeat(self.points, self._size, axis=0))
         shape = nearest.scales.shape
         stored = stored_scales(scales.T, self.unit, nearest.scales.dtype).reshape(shape)
         zero_points = None if spec.symmetric else points.T.astype(np.uint8).reshape(shape)
@@ -234,16 +247,23 @@ class _Expert:
         placed[:, self.curvature.order] = codes.T
         return pack(placed, self.nearest.spec.format.bits)
 
-    def _blocks(self) -> Iterator[slice]:
-        """Yields the columns of every block."""
-        size = len(self.weights) // len(self.scales)
-        return (slice(start, start + size) for start in range(0, len(self.weights), size))
+    @property
+    def _size(self) -> int:
+        """The columns of a block."""
+        return len(self.weights) // len(self.scales)
 
-    def _grid(self, index: int) -> tuple[Float32, Float32, np.float32, bool]:
-        """Returns what says which codes a block has, as the engine takes it."""
+    def _is_chunk(self, part: slice) -> bool:
+        return part.stop - part.start <= min(_CHUNK, self._size)
+
+    def _halves(self, part: slice) -> tuple[slice, slice]:
+        """Splits columns in two, between blocks or, within a block, between chunks."""
+        columns = part.stop - part.start
+        middle = self._size if columns > self._size else _CHUNK
+        while 2 * middle < columns:
+            middle *= 2
+        return slice(part.start, part.start + middle), slice(part.start + middle, part.stop)
+
+    def _grid(self, part: slice) -> tuple[Float32, Float32, np.float32, bool]:
+        """Returns what says which codes a block's columns have, as the engine takes it."""
+        index = part.start // self._size
         return self.scales[index], self.points[index], self.top, self.floats
-
-
-def _chunks(block: slice) -> Iterator[slice]:
-    for start in range(block.start, block.stop, _CHUNK):
-        yield slice(start, min(start + _CHUNK, block.stop))
