@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_rules.quantizers._candidates import stored_scales
+from qmoe_rules.formats import Spec
+from qmoe_rules.quantizers._candidates import (
+    FITS,
+    candidates,
+    greatest_scale,
+    is_signed,
+    stored_scales,
+    tries,
+)
+from qmoe_rules.quantizers.engine import patterns
+from qmoe_rules.quantizers.rtn import smallest_scale
 from qmoe_rules.statistics import Statistics
 
 __all__ = [
     "ROWS",
+    "CompiledEngine",
     "Engine",
     "NumpyEngine",
     "Rows",
@@ -37,7 +49,10 @@ _ROUNDER = np.float32(1.5 * 2**23)  # what is added to it loses its fraction, ti
 
 
 class Engine(Protocol):
-    """What takes time; `_kernels.searching` says what the arguments are."""
+    """What takes time; `_kernels.searching` says what the other arguments are."""
+
+    def fit(self, rows: Rows, spec: Spec, scales: Float32, points: Float32, sums: Float32) -> None:
+        """Finds better scales and zero points of integers, and writes two sums of `measure`."""
 
     def measure(self, *arguments: Any) -> None:
         """Writes sums of errors, and what a fit of the scales needs."""
@@ -49,8 +64,55 @@ class Engine(Protocol):
         """Writes codes."""
 
 
+class CompiledEngine:
+    """Calls the kernels."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._fit = kernels.fit
+        self.measure = kernels.measure
+        self.least_error = kernels.least_error
+        self.encode_rows = kernels.encode_rows
+
+    def fit(self, rows: Rows, spec: Spec, scales: Float32, points: Float32, sums: Float32) -> None:
+        """See `Engine`."""
+        least = patterns(np.full(1, smallest_scale(rows.dtype), rows.dtype))[0]
+        self._fit(
+            rows.values, rows.weights, rows.unit, tries(rows.values, spec), is_signed(spec),
+            spec.symmetric, np.float32(spec.format.max_code), greatest_scale(rows.dtype), least,
+            scales, points, sums,
+        )  # fmt: skip
+
+
 class NumpyEngine:
     """Every step is one float32 operation; columns are added up in their order."""
+
+    def fit(self, rows: Rows, spec: Spec, scales: Float32, points: Float32, sums: Float32) -> None:
+        """See `_kernels.searching.fit`."""
+        top, found = np.float32(spec.format.max_code), np.empty((3, *scales.shape), np.float32)
+
+        def measured(scales: Float32, points: Float32) -> tuple[Float32, Float32]:
+            self.measure(rows.values, rows.weights, scales, points, top, False, found)
+            _, slope, curve = found
+            return slope, np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
+
+        best, scale, point = np.empty((3, *scales.shape), np.float32)
+        for index, tried in enumerate(
+            zip(*candidates(tries(rows.values, spec), spec), strict=True)
+        ):
+            slope, step = measured(*tried)
+            error = found[0] - slope * step
+            better = (index == 0) | (error < best)
+            for kept, new in zip((best, scale, point), (error, *tried), strict=True):
+                np.copyto(kept, new, where=better)
+        measured(scales, points)
+        sums[:] = found[:2]
+        for _ in range(FITS + 1):
+            scale = rows.stored(scale).astype(np.float32) / rows.unit
+            _, step = measured(scale, point)
+            better = found[0] < sums[0]
+            for kept, new in zip((sums, scales, points), (found[:2], scale, point), strict=True):
+                np.copyto(kept, new, where=better)
+            scale = scale + step
 
     def measure(
         self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
@@ -66,19 +128,15 @@ class NumpyEngine:
 
     def least_error(
         self, values: Float32, weights: Float32, scales: Float32, points: Float32, top: np.float32,
-        floats: bool, chosen: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
         """See `_kernels.searching.least_error`."""
         best = np.empty(chosen.shape, np.float32)
         sums = np.empty((3, *chosen.shape), np.float32)
         for index, (scale, point) in enumerate(zip(scales, points, strict=True)):
-            self.measure(values, weights, scale, point, top, floats, sums)
-            error, slope, curve = sums
-            if not floats:
-                ratio = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
-                error = error - slope * ratio
-            better = (index == 0) | (error < best)
-            best[better], chosen[better] = error[better], index
+            self.measure(values, weights, scale, point, top, True, sums)
+            better = (index == 0) | (sums[0] < best)
+            best[better], chosen[better] = sums[0][better], index
 
     def encode_rows(
         self, values: Float32, scales: Float32, points: Float32, top: np.float32, floats: bool,

@@ -253,7 +253,8 @@ class _Expert:
         return len(self.weights) // len(self.scales)
 
     def _is_chunk(self, part: slice) -> bool:
-        return part.stop - part.start <= min(_CHUNK, self._size)
+        columns: int = part.stop - part.start
+        return columns <= min(_CHUNK, self._size)
 
     def _halves(self, part: slice) -> tuple[slice, slice]:
         """Splits columns in two, between blocks or, within a block, between chunks."""

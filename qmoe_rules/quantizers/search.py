@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from qmoe_rules.formats import Spec, pack
 from qmoe_rules.quantized import QuantizedWeights
-from qmoe_rules.quantizers._candidates import candidates
 from qmoe_rules.quantizers._checks import check_statistics
 from qmoe_rules.quantizers._search_rows import (
     ROWS,
+    CompiledEngine,
     Engine,
     NumpyEngine,
     Rows,
@@ -48,8 +48,6 @@ Codes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.generic]
 
 _Gain = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float64]]
-
-_FITS = 3
 
 
 def search(
@@ -74,7 +72,7 @@ def search(
     engine = kernels()
     if engine is None:
         return search_numpy(weight, spec, statistics)
-    return _search(weight, statistics, rtn(weight, spec), engine)
+    return _search(weight, statistics, rtn(weight, spec), CompiledEngine(engine))
 
 
 def search_numpy(
@@ -132,30 +130,14 @@ def _fitted(
     rows: Rows, spec: Spec, old_scales: Float32, old_points: Float32, engine: Engine, keep: _Gain
 ) -> tuple[Codes, Scales, Float32]:
     """Returns codes [blocks, B, N], scales and zero points [blocks, N]."""
-    top = np.float32(spec.format.max_code)
-
-    def measured(scales: Float32, points: Float32) -> Float32:
-        sums = np.empty((3, *scales.shape), np.float32)
-        engine.measure(rows.values, rows.weights, scales, points, top, False, sums)
-        return sums
-
-    tried, middles = candidates(rows.values, 1, spec)
-    chosen = np.empty(rows.unit.shape, np.int64)
-    engine.least_error(rows.values, rows.weights, tried, middles, top, False, chosen)
-    scales, points = (np.take_along_axis(a, chosen[None], 0)[0] for a in (tried, middles))
-    best_scales, best_points = old_scales / rows.unit, old_points.copy()
-    best = measured(best_scales, best_points)
-    for _ in range(_FITS + 1):
-        scales = rows.stored(scales).astype(np.float32) / rows.unit
-        sums = measured(scales, points)
-        better = sums[0] < best[0]
-        for kept, found in ((best, sums), (best_scales, scales), (best_points, points)):
-            np.copyto(kept, found, where=better)
-        scales = scales + np.divide(sums[1], sums[2], out=np.zeros_like(scales), where=sums[2] > 0)
+    scales, points = old_scales / rows.unit, old_points.copy()
+    sums = np.empty((2, *scales.shape), np.float32)
+    engine.fit(rows, spec, scales, points, sums)
     codes = np.empty(rows.values.shape, np.uint8)
-    engine.encode_rows(rows.values, best_scales, best_points, top, False, codes)
-    factor = keep(rows.power(), rows.total(best[0] + best_scales * best[1]))
-    return codes, rows.stored((best_scales * factor).astype(np.float32)), best_points
+    top = np.float32(spec.format.max_code)
+    engine.encode_rows(rows.values, scales, points, top, False, codes)
+    factor = keep(rows.power(), rows.total(sums[0] + scales * sums[1]))
+    return codes, rows.stored((scales * factor).astype(np.float32)), points
 
 
 def _search_floats(
@@ -176,7 +158,7 @@ def _search_floats(
         rows = Rows.of(weight[part], importance)
         scales = np.moveaxis(tried[:, part].astype(np.float32) * expert_scale, 1, 2) / rows.unit
         points, chosen = np.full_like(scales, end), np.empty(rows.unit.shape, np.int64)
-        engine.least_error(rows.values, rows.weights, scales, points, 2 * end, True, chosen)
+        engine.least_error(rows.values, rows.weights, scales, points, 2 * end, chosen)
         scale = np.take_along_axis(scales, chosen[None], 0)[0]
         sums, found = np.empty((3, *scale.shape), np.float32), np.empty(rows.values.shape, np.uint8)
         engine.measure(rows.values, rows.weights, scale, points[0], 2 * end, True, sums)

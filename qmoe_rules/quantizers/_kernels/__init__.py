@@ -5,13 +5,14 @@ from __future__ import annotations
 from qmoe_rules.quantizers._kernels.feeding import descend, feed
 from qmoe_rules.quantizers._kernels.permuting import load_tiles, store_tiles, transpose_nibbles
 from qmoe_rules.quantizers._kernels.rounding import block_peaks, round_floats, round_integers
-from qmoe_rules.quantizers._kernels.searching import encode_rows, least_error, measure
+from qmoe_rules.quantizers._kernels.searching import encode_rows, fit, least_error, measure
 
 __all__ = [
     "block_peaks",
     "descend",
     "encode_rows",
     "feed",
+    "fit",
     "least_error",
     "load_tiles",
     "measure",

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_rules.quantizers._candidates import BEYOND, FITS
 from qmoe_rules.quantizers._kernels.compiling import jit
-from qmoe_rules.quantizers._kernels.instructions import ROUNDER
+from qmoe_rules.quantizers._kernels.instructions import ROUNDER, float_of, nearest
 
-__all__ = ["encode_rows", "least_error", "measure"]
+__all__ = ["encode_rows", "fit", "least_error", "measure"]
 
 BESIDE = 128
 
@@ -105,12 +106,8 @@ def measure(
 
 
 @jit
-def least_error(
-    values: Any, weights: Any, scales: Any, points: Any, top: Any, floats: bool, chosen: Any
-) -> None:
-    """Finds which of G candidates leaves the least error.
-
-    That is once the scale has been fitted to the codes, unless they are floats.
+def least_error(values: Any, weights: Any, scales: Any, points: Any, top: Any, chosen: Any) -> None:
+    """Finds which of G candidates leaves the least error; codes are e2m1 values.
 
     Args:
         values: float32 [blocks, B, N].
@@ -118,7 +115,6 @@ def least_error(
         scales: float32 [G, blocks, N].
         points: float32 [G, blocks, N].
         top: float32, the largest code.
-        floats: Whether codes are e2m1 values.
         chosen: int64 [blocks, N], written: the first one of the least error.
     """
     limits, sums = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
@@ -132,16 +128,141 @@ def least_error(
             copy_rows(values[b], start, stop, tile)
             for g in range(scales.shape[0]):
                 scale, point = scales[g, b][start:stop], points[g, b][start:stop]
-                _measure(tile, weights[b], scale, point, top, floats, limits, sums)
+                _measure(tile, weights[b], scale, point, top, True, limits, sums)
                 for r in range(stop - start):
-                    slope, curve = sums[1, r], sums[2, r]
-                    gain = np.float32(0)
-                    if curve > np.float32(0) and not floats:
-                        gain = slope * (slope / curve)
-                    error = sums[0, r] - gain
-                    if g == 0 or error < best[r]:
-                        best[r] = error
+                    if g == 0 or sums[0, r] < best[r]:
+                        best[r] = sums[0, r]
                         found[r] = g
+
+
+@jit
+def _copy(source: Any, target: Any) -> None:
+    for r in range(target.size):
+        target[r] = source[r]
+
+
+@jit
+def _keep_fitted(
+    first: bool, scales: Any, points: Any, sums: Any, errors: Any, scale: Any, point: Any
+) -> None:
+    """Keeps the scales that leave less error than those before, once fitted to their codes."""
+    error, slope, curve = sums[0], sums[1], sums[2]
+    for r in range(scales.size):
+        gain = slope[r] * (slope[r] / curve[r]) if curve[r] > np.float32(0) else np.float32(0)
+        left = error[r] - gain
+        better = first or left < errors[r]
+        errors[r] = left if better else errors[r]
+        scale[r] = scales[r] if better else scale[r]
+        point[r] = points[r] if better else point[r]
+
+
+@jit
+def _candidates(
+    low: Any, high: Any, within: Any, ratio: Any, signed: bool, symmetric: bool, top: Any,
+    scales: Any, points: Any,
+) -> Any:  # fmt: skip
+    """Writes what `_candidates.candidates` tries, [G, BESIDE], and returns G."""
+    last, rows = within.size - 1, low.size
+    count = last + 1 + BEYOND
+    centre = (top + np.float32(1)) / np.float32(2)
+    divisors = np.full(BESIDE, within[last])
+    for g in range(count):
+        line = scales[g]
+        for r in range(rows):
+            divisors[r] = within[g] if g <= last else divisors[r] * ratio[r]
+            line[r] = high[r] / divisors[r] - low[r] / divisors[r]
+    points[:] = centre
+    if symmetric and not signed:
+        return count
+    if symmetric:
+        for g in range(last, count):
+            line, other = scales[g], scales[count + g - last]
+            for r in range(rows):
+                other[r] = -line[r]
+        return 2 * count - last
+    for g in range(count):
+        line, below, above = scales[g], points[g], points[count + g]
+        for r in range(rows):
+            ends = low[r] + high[r]
+            middle = ends / line[r] if line[r] != np.float32(0) else np.float32(0)
+            lower = np.floor((top - middle) / np.float32(2))
+            below[r] = min(max(lower, np.float32(0)), top)
+            above[r] = min(max(lower + np.float32(1), np.float32(0)), top)
+        _copy(line, scales[count + g])
+        if g > last:
+            _copy(line, scales[2 * count + g - last - 1])
+            _copy(line, scales[2 * count + BEYOND + g - last - 1])
+            points[2 * count + BEYOND + g - last - 1][:] = centre - np.float32(1)
+    return 2 * (count + BEYOND)
+
+
+@jit
+def _stored(scale: Any, unit: Any, end: Any, least: Any) -> Any:
+    """Returns a scale in some unit after it has been stored; see `_candidates.stored_scales`."""
+    exact = min(max(scale * unit, -end), end)
+    return (float_of(nearest(exact, least)) if exact != np.float32(0) else exact) / unit
+
+
+@jit
+def fit(
+    values: Any, weights: Any, units: Any, tries: Any, signed: bool, symmetric: bool, top: Any,
+    end: Any, least: Any, scales: Any, points: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Finds better scales and zero points of integers.
+
+    The candidate that leaves the least error once it has been fitted to its codes is fitted, stored
+    and measured, `FITS` times.
+
+    Args:
+        values: float32 [blocks, B, N].
+        weights: float32 [blocks, B].
+        units: float32 [blocks, N], what the values were divided by.
+        tries: Of the candidates.
+        signed: Whether scales may be negative.
+        symmetric: Whether there are no zero points.
+        top: float32, the largest code.
+        end: float32, the greatest scale that can be stored.
+        least: The pattern of the least one, of the type that is stored.
+        scales: float32 [blocks, N], in units; written where better ones are found.
+        points: float32 [blocks, N], likewise.
+        sums: float32 [2, blocks, N], written: the first two of `measure`.
+    """
+    most = 2 * (tries.within.size + 2 * BEYOND)
+    tried, middles = np.empty((most, BESIDE), np.float32), np.empty((most, BESIDE), np.float32)
+    limits, found = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
+    tile = np.zeros((values.shape[1], BESIDE), np.float32)
+    errors, scale = np.empty(BESIDE, np.float32), np.empty(BESIDE, np.float32)
+    point = np.empty(BESIDE, np.float32)
+    rows = values.shape[2]
+    for b in range(values.shape[0]):
+        for start in range(0, rows, BESIDE):
+            stop = min(start + BESIDE, rows)
+            size = stop - start
+            copy_rows(values[b], start, stop, tile)
+            count = _candidates(
+                tries.low[b][start:stop], tries.high[b][start:stop], tries.within,
+                tries.ratio[b][start:stop], signed, symmetric, top, tried, middles,
+            )  # fmt: skip
+            for g in range(count):
+                one, other = tried[g][:size], middles[g][:size]
+                _measure(tile, weights[b], one, other, top, False, limits, found)
+                _keep_fitted(g == 0, one, other, found, errors, scale, point)
+            best_scale, best_point = scales[b][start:stop], points[b][start:stop]
+            best_error, best_slope = sums[0, b][start:stop], sums[1, b][start:stop]
+            unit = units[b][start:stop]
+            _measure(tile, weights[b], best_scale, best_point, top, False, limits, found)
+            _copy(found[0], best_error)
+            _copy(found[1], best_slope)
+            for _ in range(FITS + 1):
+                for r in range(size):
+                    scale[r] = _stored(scale[r], unit[r], end, least)
+                _measure(tile, weights[b], scale[:size], point[:size], top, False, limits, found)
+                error, slope, curve = found[0], found[1], found[2]
+                for r in range(size):
+                    if error[r] < best_error[r]:
+                        best_error[r], best_slope[r] = error[r], slope[r]
+                        best_scale[r], best_point[r] = scale[r], point[r]
+                    scale[r] += slope[r] / curve[r] if curve[r] > np.float32(0) else np.float32(0)
 
 
 @jit
