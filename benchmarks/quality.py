@@ -1,7 +1,7 @@
 """Quality of quantized byte-level language models: how far they are from the float model.
 
     python benchmarks/quality.py MODEL ... --text TEXT --calibration TEXT [--windows 48 | --all]
-                                 [--blocks 32 0] [--budget 3.5] [--json FILE]
+                                 [--bits 2 4 8] [--blocks 32 0] [--budget 3.5] [--json FILE]
 
 A MODEL has bytes as its input, `input_ids` int64 [batch, time], and `logits` [batch, time, 256] as
 its output; a TEXT is any file. Every method is measured with every width, with blocks of 32 and
@@ -27,6 +27,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from qmoe_rules.quantizers import METHODS
 from qmoe_rules.recipe import WIDTHS
 from qmoe_rules.report import SKIPPED
 from qmoe_rules.targets import Target
+from qmoe_rules.writing import processors
 
 WINDOW = 256
 CALIBRATION_WINDOWS = 64
@@ -157,10 +159,11 @@ class Subject:
 def logits_of(model: Path, windows: Iterable[Feed]) -> Iterator[npt.NDArray[np.float32]]:
     """Runs a model on the CPU and yields the logits of every window, [time, 256]."""
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1  # threads that wait for each other are slow where others run
     session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    for feed in windows:
-        yield from session.run(None, feed)[0].astype(np.float32)
+    with ThreadPoolExecutor(processors()) as threads:
+        for outputs in threads.map(lambda feed: session.run(None, feed), windows):
+            yield from outputs[0].astype(np.float32)
 
 
 def together(feeds: Iterable[Feed]) -> Iterator[Feed]:
@@ -201,13 +204,14 @@ def methods(calibration: Calibration) -> dict[str, dict[str, Any]]:
     return {PLAIN: {"target": PLAIN}, "rtn": {}, **unseen, **(known | {"rtn": {}})}
 
 
-def uniform(subject: Subject, blocks: Collection[int]) -> Iterator[Result]:
-    """Measures every method with every width in blocks of some sizes, and 4-bit floats."""
+def uniform(subject: Subject, bits: Collection[int], blocks: Collection[int]) -> Iterator[Result]:
+    """Measures every method with some widths in blocks of some sizes, and 4-bit floats."""
     known = methods(subject.calibration)
     for name, fields in known.items():
         for recipe in recipes(**fields):
             needless = name == PLAIN and not recipe.symmetric  # has no scales that could be signed
-            if recipe.block_size in blocks and not needless and subject.fits(recipe):
+            wanted = recipe.bits in bits and recipe.block_size in blocks and not needless
+            if wanted and subject.fits(recipe):
                 yield subject.measure(recipe, name)
     for format in ("mxfp4", "nvfp4"):
         recipe = Recipe(format=format, target="cpu")
@@ -254,6 +258,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="other text, to calibrate")
     parser.add_argument("--windows", type=int, default=48, help="of 256 bytes, evenly spaced")
     parser.add_argument("--all", action="store_true", help="the whole text")
+    parser.add_argument("--bits", type=int, nargs="*", default=WIDTHS, help="of integers")
     parser.add_argument("--blocks", type=int, nargs="*", default=[32, 0], help="0: rows")
     parser.add_argument("--budget", type=float, nargs="*", default=[], help="bits per weight")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -267,7 +272,8 @@ def main() -> None:
         subject = Subject(model, arguments.text, arguments.calibration, windows)
         print(f"\n{subject.name}, {subject.count} windows")
         budgets = (within(subject, budget) for budget in arguments.budget)
-        for result in itertools.chain(uniform(subject, arguments.blocks), *budgets):
+        same = uniform(subject, arguments.bits, arguments.blocks)
+        for result in itertools.chain(same, *budgets):
             print(row(result), flush=True)
             results.append(result)
         seconds[subject.name] = round(time.perf_counter() - start)
