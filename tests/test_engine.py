@@ -133,7 +133,7 @@ def test_the_engine_writes_what_numpy_does(dtype: np.dtype, seed: int) -> None:
         assert_same(rtn(weight, spec), in_numpy(weight, spec))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.sampled_from(SPECS))
 def test_the_engine_writes_what_numpy_does_of_any_patterns(data: st.DataObject, spec: Spec) -> None:
     weight = data.draw(finite_weights(spec))
