@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.sandbox import Sandbox
 
 MODELS = Path(__file__).parent / "models"
 # More real models, where the project is checked out beside them.
 SHARED = Path(__file__).parents[2] / "shared"
+
+# The same examples in every run, however busy the machine is; the fuzz tests draw others.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture

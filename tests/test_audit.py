@@ -805,7 +805,7 @@ CELLS = st.builds(
 
 
 @given(cell=CELLS, target=st.sampled_from(sorted(TARGETS)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_the_rules_make_for_a_target_is_right_there(cell: Cell, target: str) -> None:
     made = cell.convert(target)
     if not isinstance(made, str):

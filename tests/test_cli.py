@@ -437,10 +437,13 @@ def test_name_that_is_too_long_exits_2(qmoe: Run, source: Path, tmp_path: Path, 
 
 # Real faults, in a process of its own.
 
+# The limit ends with the command: coverage writes later.
 LIMITED = """
-import resource, signal
+import atexit, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, most))
+atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, (least, most))
 """
 
 
@@ -479,8 +482,10 @@ def test_side_file_that_cannot_grow_exits_2(source: Path, tmp_path: Path) -> Non
     assert done.stderr.count("\n") == 1
 
 
+# What a shell starts in the background ignores SIGINT, and so do its children.
 KILLED = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from qmoe_rules import quantizers
 rtn, calls = quantizers.METHODS["rtn"], iter(range(100))
 def kill(weight, spec, statistics=None):

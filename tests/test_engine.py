@@ -133,7 +133,7 @@ def test_the_engine_writes_what_numpy_does(dtype: np.dtype, seed: int) -> None:
         assert_same(rtn(weight, spec), in_numpy(weight, spec))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.sampled_from(SPECS))
 def test_the_engine_writes_what_numpy_does_of_any_patterns(data: st.DataObject, spec: Spec) -> None:
     weight = data.draw(finite_weights(spec))
@@ -461,11 +461,27 @@ numba.core.caching.CacheImpl._locator_classes = []
 """
 
 
-def test_float16_is_read_right_on_processors_that_have_none(tmp_path: Path) -> None:
-    """In a process of its own, with its own cache, so that no kernel compiled here is reused."""
-    done = run_python(WITHOUT_HALF_INSTRUCTIONS + SAME_BYTES, NUMBA_CACHE_DIR=str(tmp_path))
+@pytest.fixture(scope="module")
+def poor() -> subprocess.CompletedProcess[str]:
+    """A process without float16 and without a folder; so no kernel compiled here is reused."""
+    done = run_python(WITHOUT_A_FOLDER + WITHOUT_HALF_INSTRUCTIONS + SAME_BYTES)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == str(2**16 - 2 * 2**10)  # all but infinities and NaN
+    return done
+
+
+def test_float16_is_read_right_on_processors_that_have_none(
+    poor: subprocess.CompletedProcess[str],
+) -> None:
+    assert poor.stdout.split()[0] == str(2**16 - 2 * 2**10)  # all but infinities and NaN
+
+
+def test_without_a_folder_for_them_they_are_compiled_again_with_one_warning(
+    poor: subprocess.CompletedProcess[str],
+) -> None:
+    assert poor.stdout.split()[1:] == ["0", "1"]
+    (line,) = [line for line in poor.stderr.splitlines() if "compiled kernels" in line]
+    assert line.startswith("WARNING compiled kernels cannot be kept, and are compiled in every")
+    assert "NUMBA_CACHE_DIR" in line
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
@@ -473,15 +489,6 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.split()[1:] == ["0", "1"]
     assert second.stdout.split()[1:] == ["1", "0"]
-
-
-def test_without_a_folder_for_them_they_are_compiled_again_with_one_warning() -> None:
-    done = run_python(WITHOUT_A_FOLDER + SAME_BYTES)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[1:] == ["0", "1"]
-    (line,) = [line for line in done.stderr.splitlines() if "compiled kernels" in line]
-    assert line.startswith("WARNING compiled kernels cannot be kept, and are compiled in every")
-    assert "NUMBA_CACHE_DIR" in line
 
 
 def test_numba_that_may_not_compile_is_no_numba(tmp_path: Path) -> None:

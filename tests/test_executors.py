@@ -65,20 +65,25 @@ def processes() -> Iterator[Executor]:
         yield pool
 
 
+def dask_cluster(workers: int) -> Any:
+    """A Dask cluster of worker processes."""
+    distributed = pytest.importorskip("distributed")
+    return distributed.LocalCluster(
+        n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL"
+    )
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Dask cluster of two worker processes."""
-    distributed = pytest.importorskip("distributed")
-    local = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL"
-    )
-    with local:
-        yield local
+    with dask_cluster(2) as cluster:
+        yield cluster
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(cluster: Any) -> Iterator[Any]:
+    """A client of the cluster, when both workers are there: one that was killed comes back."""
     with cluster.get_client() as client:
+        client.wait_for_workers(2, timeout=60)
         yield client
 
 
@@ -427,18 +432,18 @@ def test_slab_of_a_killed_dask_worker_is_done_again(
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
 
 
-def test_dask_worker_that_dies_of_a_slab_fails_the_save(
-    source: Path, tmp_path: Path, cluster: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
-    client.run(_dies_in_the_tenth_slab)
+def test_dask_worker_that_dies_of_a_slab_fails_the_save(source: Path, tmp_path: Path) -> None:
+    """In a cluster of its own, whose worker would go on dying."""
     before = snapshot(tmp_path)
-    with pytest.raises(SaveError, match="a worker was lost"):
-        save(planned(source), tmp_path / "out.onnx", executor=client.get_executor())
+    with dask_cluster(1) as cluster, cluster.get_client() as client:
+        cluster.scheduler.allowed_failures = 0
+        client.run(_dies_in_the_tenth_slab)
+        with pytest.raises(SaveError, match="a worker was lost"):
+            save(planned(source), tmp_path / "out.onnx", executor=client.get_executor())
     assert snapshot(tmp_path) == before
-    client.restart()
 
 
+@pytest.mark.usefixtures("client")
 def test_command_line_uses_the_cluster(
     tiny: Path, tmp_path: Path, cluster: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,10 +454,8 @@ def test_command_line_uses_the_cluster(
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
 
 
+@pytest.mark.usefixtures("client")
 def test_cluster_says_how_many_threads_it_has(cluster: Any) -> None:
-    distributed = pytest.importorskip("distributed")
-    with distributed.Client(cluster.scheduler_address) as client:
-        client.wait_for_workers(2, timeout=60)  # one that a test before this has killed comes back
     with dask.cluster(cluster.scheduler_address) as (executor, workers):
         assert workers == 2
         assert executor.submit(sum, [1, 2]).result() == 3

@@ -349,8 +349,10 @@ def test_file_whose_pages_were_lost_is_mapped_anew(tmp_path: Path) -> None:
 
 # Interrupts.
 
+# What a shell starts in the background ignores SIGINT, and so do its children.
 INTERRUPTED = """
 import itertools, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 number, *arguments = sys.argv[1:]
 events = itertools.count()
 from qmoe_rules.cli import main

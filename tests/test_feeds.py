@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -50,7 +50,6 @@ def test_an_input_of_strings_is_refused() -> None:
         inputs_of(text)
 
 
-@settings(deadline=None)
 @given(
     length=st.integers(1, 400),
     window=st.integers(1, 50),

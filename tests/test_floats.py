@@ -165,13 +165,13 @@ def finite_weights(draw: st.DrawFn) -> Weight:
     return np.asarray(draw(hnp.arrays(np.float64, shape, elements=sizes)) * signs).astype(dtype)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(finite_weights(), st.sampled_from(SPECS))
 def test_the_engines_write_the_same_bytes(weight: Weight, spec: Spec) -> None:
     assert patterns(float_rtn(weight, spec)) == patterns(float_rtn_numpy(weight, spec))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(finite_weights(), st.sampled_from(SPECS))
 def test_no_weight_within_reach_is_further_off_than_half_the_gap(
     weight: Weight, spec: Spec
@@ -215,7 +215,7 @@ def test_a_worked_example_of_mxfp4(dtype: DType) -> None:
 # Weights that are what they become already.
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_weights_that_are_mxfp4_already_come_through_exactly(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -252,7 +252,7 @@ def test_quantizing_what_was_quantized_keeps_the_codes(dtype: DType, spec: Spec)
 # Algebra.
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_a_power_of_two_goes_into_the_scales_and_leaves_the_codes(data: st.DataObject) -> None:
     dtype, spec = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(SPECS))

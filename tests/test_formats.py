@@ -106,7 +106,7 @@ def test_every_code_means_what_the_format_defines(format: Format) -> None:
     np.testing.assert_array_equal(np.signbit(decoded[finite]), np.signbit(meant[finite]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_encode_inverts_decode_for_all_finite_codes_of_any_shape(data: st.DataObject) -> None:
     format = data.draw(st.sampled_from(list(FORMATS.values())))
@@ -192,7 +192,7 @@ def test_the_low_bits_of_a_byte_hold_the_lower_k(
     assert unpack(np.array(packed, np.uint8), bits).tolist() == codes
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(codes_and_bits())
 def test_unpack_inverts_pack(drawn: tuple[Codes, int]) -> None:
     codes, bits = drawn
@@ -212,7 +212,7 @@ def packed_bit_by_bit(codes: list[int], bits: int) -> list[int]:
     return packed
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(codes_and_bits())
 def test_codes_are_a_stream_of_bits_lowest_first(drawn: tuple[Codes, int]) -> None:
     codes, bits = drawn
@@ -221,7 +221,7 @@ def test_codes_are_a_stream_of_bits_lowest_first(drawn: tuple[Codes, int]) -> No
         assert packed[row].tolist() == packed_bit_by_bit(codes[row].tolist(), bits)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_pack_inverts_unpack(data: st.DataObject) -> None:
     """Any whole bytes that hold whole codes, so that no bit is left over."""

@@ -187,12 +187,7 @@ def _run(
         shutil.rmtree(folder)
 
 
-BOUNDED = settings(
-    deadline=None,
-    suppress_health_check=[*HealthCheck],
-    derandomize=True,
-    database=None,
-)
+BOUNDED = settings(suppress_health_check=[*HealthCheck])
 
 
 @given(data=st.data())

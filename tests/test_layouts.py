@@ -124,7 +124,7 @@ def test_the_order_is_the_closed_formula(layout: str, bits: int, rows: int, colu
     np.testing.assert_array_equal(LAYOUTS[layout].load(expected, bits), raw)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(stored_somehow())
 def test_load_inverts_store(drawn: tuple[str, Bytes, Format]) -> None:
     name, raw, format = drawn
@@ -139,7 +139,7 @@ def test_load_inverts_store(drawn: tuple[str, Bytes, Format]) -> None:
     np.testing.assert_array_equal(layout.store(layout.load(stored, bits), bits), stored)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stored_somehow())
 def test_a_layout_moves_codes_and_changes_none(drawn: tuple[str, Bytes, Format]) -> None:
     name, raw, format = drawn
@@ -219,7 +219,7 @@ def test_the_layouts_of_every_kind_of_format() -> None:
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([pair for pair in PAIRS if pair[0] != "cutlass_sm90"]),
     st.integers(1, 130),

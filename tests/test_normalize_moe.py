@@ -196,7 +196,7 @@ def test_the_float_model_of_halves_runs() -> None:
         allow_nodes_before_weights=False,
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_shape_is_interleaved(model: ir.Model) -> None:
     wanted = [normal(constants(node)) for node in nodes_of(model, "MoE")]
     for node, arrays in zip(nodes_of(normalize(model), "MoE"), wanted, strict=True):

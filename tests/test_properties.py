@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_rules import ops
@@ -31,7 +31,7 @@ from qmoe_rules.testing import (
     recipes,
 )
 
-SOME = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SOME = settings(max_examples=40)
 
 
 @SOME

@@ -160,7 +160,7 @@ def test_the_middle_as_a_zero_point_means_what_none_means(spec: Spec) -> None:
     np.testing.assert_array_equal(stated.dequantize(), symmetric.dequantize())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_codes_come_back_from_what_they_mean(data: st.DataObject) -> None:
     """encode(weight / scale + zero point) is the code, whatever codes, zero points and shape."""
@@ -195,7 +195,7 @@ def test_what_is_stored_is_what_the_spec_lists(spec: Spec) -> None:
 # Zero points in bytes.
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_zero_points_come_back_whatever_their_number(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([format.bits for format in INTEGERS]))

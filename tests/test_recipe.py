@@ -792,7 +792,7 @@ def neighbours(recipe: Recipe, count: int) -> Iterator[Recipe]:
                 yield dataclasses.replace(recipe, **fields)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(recipes(allow_excludes=False, allow_overrides=False), node_facts())
 def test_advice_that_is_followed_removes_the_refusal(recipe: Recipe, facts: Facts) -> None:
     if recipe.refuse(facts) is None:
@@ -899,7 +899,7 @@ def test_reasons_and_advice_for_a_node(
         assert recipe.advise(facts) == advice
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(["cuda", "portable"]),
     st.sampled_from([32, 64, 128, 256]),

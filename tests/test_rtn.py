@@ -125,7 +125,7 @@ def test_the_engines_write_the_same_bytes(name: str, dtype: DType) -> None:
         assert_same(rtn(weight, spec), rtn_numpy(weight, spec))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(finite_weights(), SMALL_SPECS)
 def test_the_engines_write_the_same_bytes_for_any_finite_patterns(
     weight: Weight, spec: Spec
@@ -205,7 +205,7 @@ def test_scales_and_codes_meet_the_definition(engine: Engine, name: str, dtype: 
 
 
 @each_engine
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weight=finite_weights(), spec=SMALL_SPECS)
 def test_any_finite_patterns_meet_the_definition(
     engine: Engine, weight: Weight, spec: Spec
@@ -294,7 +294,7 @@ def test_a_power_of_two_goes_into_the_scales_and_leaves_the_codes(dtype: DType, 
         assert_same(rtn(scaled, spec), replace(base, scales=scales))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_power_of_two_that_neither_overflows_nor_underflows(data: st.DataObject) -> None:
     dtype, spec = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(SPECS))

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmoe_rules import ConfigError, SaveError, quantize, save
@@ -115,7 +115,6 @@ names = st.text(string.ascii_letters + string.digits + "._- ü", min_size=1, max
 )
 
 
-@settings(deadline=None)
 @given(name=names, count=st.integers(1, 3), taken=st.integers(0, 4), data=st.data())
 @example(name="a", count=100_001, taken=1, data=None)
 def test_a_models_own_names_are_recognized(

@@ -450,8 +450,11 @@ def cut(draw: Draw, chain: Chain) -> None:
 STEPS = [identity, cast, transpose, reshape, squeeze, unsqueeze, concat, split, cut]
 HYPOTHESIS = settings(
     max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],
 )
 
 

@@ -325,9 +325,7 @@ def test_offsets_are_checked(path: Path) -> None:
             Calibration.load(path)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(end=st.integers(0, 60_000))
 def test_a_truncated_file_is_refused(end: int, tmp_path: Path) -> None:
     data = write(tmp_path / "whole", tensors()).read_bytes()

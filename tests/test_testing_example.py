@@ -24,8 +24,6 @@ from tests.moe_models import Array
 DOCUMENT = Path(__file__).parents[1] / "docs" / "testing.md"
 SHRINKING = settings(
     max_examples=50,
-    deadline=None,
-    database=None,
     derandomize=True,
     phases=[Phase.generate, Phase.shrink],
 )
