@@ -15,9 +15,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from qmoe_rules.cli._commands import parser
-from qmoe_rules.cli._printing import plain
+from qmoe_rules.cli._later import import_later
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
+
+import_later()  # before anything below imports onnx-ir
+
+from qmoe_rules.cli._commands import parser  # noqa: E402
+from qmoe_rules.cli._printing import plain  # noqa: E402
 
 __all__ = ["main", "parser"]
 

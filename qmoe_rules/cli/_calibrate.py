@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qmoe_rules.calibration import calibrate
 from qmoe_rules.cli._printing import cell, print_json, show
 from qmoe_rules.feeds import TOKEN_DTYPES, inputs_of, read_feeds
 from qmoe_rules.loading import load, locate
@@ -67,6 +65,8 @@ def add(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    from qmoe_rules.calibration import calibrate
+
     model = load(locate(arguments.model).model)
     feeds = read_feeds(
         arguments.data,
@@ -105,6 +105,14 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal:
         yield None
         return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("calibrating", total=None)

@@ -8,16 +8,18 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from qmoe_rules.inspection import NodeSummary
 from qmoe_rules.kernels import RIGHT
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, human_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = [
     "cell",
@@ -56,6 +58,8 @@ def progress_bar() -> AbstractContextManager[Progress | None]:
     console = Console(stderr=True)
     if not console.is_terminal:
         return nullcontext()
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,14 @@ from qmoe_rules.cli._printing import cell, print_json, show
 from qmoe_rules.errors import SourceError
 from qmoe_rules.pages import verification_page, write_page
 from qmoe_rules.stored import STORED_LAYOUTS
-from qmoe_rules.verification import (
-    NodeResult,
-    OutputResult,
-    ProjectionResult,
-    VerificationReport,
-    verify,
-)
+
+if TYPE_CHECKING:
+    from qmoe_rules.verification import (
+        NodeResult,
+        OutputResult,
+        ProjectionResult,
+        VerificationReport,
+    )
 
 __all__ = ["add"]
 
@@ -72,6 +73,8 @@ def add(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from qmoe_rules.verification import verify
+
     report = verify(
         arguments.before,
         arguments.after,

@@ -20,10 +20,11 @@ from qmoe_rules.pages import _figures as figures
 from qmoe_rules.recipe import MOST_BITS, Recipe
 from qmoe_rules.report import Report, human_bytes
 from qmoe_rules.staging import naming_errors, resolved
-from qmoe_rules.verification import VerificationReport
 
 if TYPE_CHECKING:
     import jinja2
+
+    from qmoe_rules.verification import VerificationReport
 
 __all__ = ["check_page", "report_page", "verification_page", "write_page"]
 
