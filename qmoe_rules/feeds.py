@@ -20,7 +20,16 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError, SourceError
 
-__all__ = ["TOKEN_DTYPES", "Feed", "Input", "complete", "inputs_of", "random_feeds", "read_feeds"]
+__all__ = [
+    "TOKEN_DTYPES",
+    "Feed",
+    "Input",
+    "complete",
+    "drop_caches",
+    "inputs_of",
+    "random_feeds",
+    "read_feeds",
+]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -103,6 +112,27 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
             raise ConfigError(f"input {name!r} is {list(array.shape)}; the model wants [{shown}]")
         completed[name] = array.astype(wanted.dtype, copy=False)
     return completed
+
+
+def drop_caches(model: ir.Model, given: Iterable[str]) -> None:
+    """Removes, in place, the empty caches of attention nodes that may do without them.
+
+    Their sizes are not always known, and a cache of another size than the node's is refused.
+
+    Args:
+        model: The model.
+        given: The inputs that the feeds have, and that are not empty.
+    """
+    absent = [value for value in model.graph.inputs if value.name not in set(given)]
+    for value in absent:
+        uses = list(value.uses())
+        if not all(use.node.op_type == "GroupQueryAttention" and use.idx in (3, 4) for use in uses):
+            continue
+        for node, index in uses:
+            node.replace_input_with(index, None)
+            node.attributes.pop("sliding_window_cache", None)  # how a cache is kept that is gone
+        if uses:
+            model.graph.inputs.remove(value)
 
 
 def random_feeds(model: ir.Model, tokens: int, seed: int) -> Feed:

@@ -24,8 +24,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_rules.calibration._run import Run
-from qmoe_rules.calibration._stages import drop_caches, layers_of, stages_of
+from qmoe_rules.calibration._stages import layers_of, stages_of
 from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.feeds import drop_caches
 from qmoe_rules.loading import load, locate
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.passes import prepare
