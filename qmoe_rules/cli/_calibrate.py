@@ -10,18 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qmoe_rules.cli._options import DATA, add_data_options, positive_number
 from qmoe_rules.cli._printing import cell, print_json, show
-from qmoe_rules.feeds import TOKEN_DTYPES, inputs_of, read_feeds
+from qmoe_rules.feeds import inputs_of, read_feeds
 from qmoe_rules.loading import load, locate
 from qmoe_rules.statistics import PROJECTIONS, Calibration
 
 __all__ = ["add"]
 
 _TEXT = "run a float model on data and keep what its experts see, for the methods that lose less"
-_DATA = (
-    "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
-    ".safetensors by input name"
-)
 
 
 def add(commands: Any) -> None:
@@ -31,16 +28,14 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(run=_calibrate)
     command.add_argument("model", metavar="MODEL", help="an .onnx file, or a folder that holds one")
-    command.add_argument("data", metavar="DATA", help=_DATA)
+    command.add_argument("data", metavar="DATA", help=DATA)
     command.add_argument("destination", metavar="OUT", help="the file to write")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument("--hessian", action="store_true", help="collect Hessians too")
-    command.add_argument(
-        "--window", type=int, default=256, metavar="N", help="tokens per run (default: 256)"
-    )
+    add_data_options(command, "tokens per run")
     command.add_argument(
         "--windows",
-        type=int,
+        type=positive_number,
         default=128,
         metavar="M",
         help="how many runs at most, evenly spaced over the data (default: 128)",
@@ -49,13 +44,6 @@ def add(commands: Any) -> None:
         "--input",
         metavar="NAME",
         help="which input data without names are for (default: input_ids)",
-    )
-    command.add_argument(
-        "--dtype",
-        default="uint8",
-        choices=TOKEN_DTYPES,
-        metavar="{" + ",".join(TOKEN_DTYPES) + "}",
-        help="the numbers in a raw file (default: uint8)",
     )
     command.add_argument(
         "--no-resume",

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from qmoe_rules.errors import SaveError
+from qmoe_rules.feeds import TOKEN_DTYPES
 from qmoe_rules.options import OPTIONS
 from qmoe_rules.pages import check_page
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.sizes import parse_bytes
 
 __all__ = [
+    "DATA",
+    "add_data_options",
     "add_html_option",
     "add_recipe_options",
     "add_save_options",
@@ -23,6 +26,12 @@ __all__ = [
     "recipe_of",
     "save_options_of",
 ]
+
+DATA = (
+    "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
+    ".safetensors by input name"
+)
+"""What a file of data may be, in words."""
 
 _RENAMED = {"nodes_to_exclude": "--exclude", "overrides": "--override"}
 
@@ -52,6 +61,20 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Returns the recipe that parsed arguments ask for."""
     return Recipe.of(**{option.name: getattr(arguments, option.name) for option in OPTIONS})
+
+
+def add_data_options(command: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options of how a file of tokens is read, with what a window is."""
+    command.add_argument(
+        "--window", type=positive_number, default=256, metavar="N", help=f"{what} (default: 256)"
+    )
+    command.add_argument(
+        "--dtype",
+        default="uint8",
+        choices=TOKEN_DTYPES,
+        metavar="{" + ",".join(TOKEN_DTYPES) + "}",
+        help="the numbers in a raw file of tokens (default: uint8)",
+    )
 
 
 def add_html_option(command: argparse.ArgumentParser, text: str) -> None:
