@@ -133,17 +133,46 @@ def test_inspect_prints_the_nodes_of_both_kinds(qmoe: Run, source: Path, tmp_pat
     ]
 
 
-def test_model_without_moe_says_so(qmoe: Run, source: Path, tmp_path: Path) -> None:
+def without_moe(source: Path) -> None:
+    """Makes the MoE nodes of a model those of a domain that nobody knows."""
     proto = onnx.load(source, load_external_data=False)
     for node in proto.graph.node:
         if node.op_type == "MoE":
             node.domain = "somewhere.else"
     source.write_bytes(proto.SerializeToString())
+
+
+def test_model_without_moe_says_so(qmoe: Run, source: Path, tmp_path: Path) -> None:
+    without_moe(source)
     failed = qmoe("plan", source, "--fail-if-skipped")
     assert (failed.status, failed.err) == (1, "qmoe: the model holds no com.microsoft::MoE node\n")
     assert "nothing to quantize" in qmoe("plan", source).out
     nothing = "no com.microsoft::MoE or QMoE node found; qmoe plan fuses experts of small nodes\n"
     assert qmoe("inspect", source) == (0, nothing, "")
+
+
+def test_quantize_says_last_that_nothing_was_converted(
+    qmoe: Run, source: Path, tmp_path: Path
+) -> None:
+    """`source` is in float32, which CUDA has no kernel for."""
+    out = tmp_path / "out"
+    done = qmoe("quantize", source, out, "--target", "cuda")
+    assert done.status == 0
+    assert done.err == (
+        f"qmoe: nothing was converted, {out} is a copy: the CUDA provider has no float32 kernel "
+        "(it has bfloat16, float16); target='portable' takes it (2 of 2 nodes); --fail-if-skipped "
+        "makes that an error\n"
+    )
+    done = qmoe("quantize", source, out, "--exclude", "*.0.*", "--target", "cuda", "--json")
+    assert "excluded by the recipe (1 of 2 nodes)" in done.err
+    assert json.loads(done.out)["converted"] == 0
+    assert qmoe("quantize", source, out).err == ""
+    done = qmoe("quantize", out, tmp_path / "again")
+    assert ": it is QMoE already (2 of 2 nodes); " in done.err
+    without_moe(source)
+    done = qmoe("quantize", source, out)
+    assert ": there is no com.microsoft::MoE node, nor experts that can be fused" in done.err
+    assert qmoe("plan", source).err == ""
 
 
 def test_json_is_the_python_report(qmoe: Run, source: Path, tmp_path: Path) -> None:

@@ -181,7 +181,10 @@ def test_inputs_of_one_run(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(tokens.tobytes())
     np.save(tmp_path / "tokens.npy", tokens)
     np.save(tmp_path / "batch.npy", tokens.reshape(3, 4))
-    arrays = {"input_ids": tokens.reshape(2, 6), "past.0.key": np.ones((2, 0, 3), np.float32)}
+    arrays: dict[str, Array] = {
+        "input_ids": tokens.reshape(2, 6),
+        "past.0.key": np.ones((2, 0, 3), np.float32),
+    }
     np.savez(tmp_path / "named.npz", **arrays)
     save_file(arrays, tmp_path / "named.safetensors")
     for name in ("raw", "tokens.npy"):

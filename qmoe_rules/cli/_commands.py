@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -22,6 +23,7 @@ from qmoe_rules.cli._printing import (
     print_report,
     progress_bar,
     show,
+    tell,
     verdicts,
 )
 from qmoe_rules.inspection import inspect
@@ -29,7 +31,7 @@ from qmoe_rules.kernels import GARBAGE
 from qmoe_rules.pages import report_page, write_page
 from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.providers import TARGETS
-from qmoe_rules.report import Report
+from qmoe_rules.report import CONVERTED, SKIPPED, Report
 
 __all__ = ["parser"]
 
@@ -106,7 +108,22 @@ def _quantize(arguments: argparse.Namespace) -> int:
         )
     print_report(report, arguments.json)
     _save_page(report, arguments, destination=arguments.destination)
+    if not report.count(CONVERTED):
+        tell(
+            f"nothing was converted, {arguments.destination} is a copy: {_why_nothing(report)}; "
+            "--fail-if-skipped makes that an error"
+        )
     return 0
+
+
+def _why_nothing(report: Report) -> str:
+    """Returns the reason of most nodes, which says what would mend it where anything would."""
+    reasons = Counter(row.reason for row in report.rows if row.status == SKIPPED)
+    reasons = reasons or Counter(row.reason for row in report.rows)
+    if not reasons:
+        return "there is no com.microsoft::MoE node, nor experts that can be fused to one"
+    ((reason, count),) = reasons.most_common(1)
+    return f"{reason} ({count} of {len(report.rows)} nodes)"
 
 
 def _save_page(report: Report, arguments: argparse.Namespace, destination: str = "") -> None:

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 __all__ = [
     "cell",
     "inspection_table",
+    "message_line",
     "plain",
     "print_json",
     "print_report",
     "progress_bar",
     "show",
+    "tell",
     "verdicts",
 ]
 
@@ -47,6 +49,16 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def message_line(message: object) -> str:
+    """Returns a message as one line that says who it is from."""
+    return f"qmoe: {plain(' '.join(str(message).split()))}"
+
+
+def tell(message: object) -> None:
+    """Writes a message to standard error."""
+    sys.stderr.write(f"{message_line(message)}\n")
 
 
 def cell(text: str) -> Text:
