@@ -17,6 +17,7 @@ from qmoe_rules.cli._options import (
     recipe_of,
     save_options_of,
 )
+from qmoe_rules.cli._parser import Parser
 from qmoe_rules.cli._printing import (
     inspection_table,
     print_json,
@@ -38,7 +39,7 @@ __all__ = ["parser"]
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser; the parsed arguments have the command's function as `run`."""
-    command_line = argparse.ArgumentParser(
+    command_line = Parser(
         prog="qmoe",
         description="Quantize the experts of Mixture-of-Experts ONNX models.",
         epilog="exit status: 0 done, 1 a check failed, 2 bad input or usage",

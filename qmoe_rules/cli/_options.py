@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,10 +130,9 @@ def save_options_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def positive_number(text: str) -> int:
     """Returns the number that a text spells."""
-    number = int(text)
-    if number < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return int(text)
 
 
 def page_file(text: str) -> str:
