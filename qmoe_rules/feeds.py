@@ -30,6 +30,7 @@ __all__ = [
     "random_feeds",
     "read_feeds",
     "read_inputs",
+    "require_feed",
 ]
 
 Array = npt.NDArray[Any]
@@ -84,6 +85,14 @@ def inputs_of(model: ir.Model) -> dict[str, Input]:
     return found
 
 
+def require_feed(feed: object) -> None:
+    """Raises TypeError for what is no dictionary."""
+    if not isinstance(feed, Mapping):
+        raise TypeError(
+            f"a feed is a dictionary of arrays by input name, not {type(feed).__name__}"
+        )
+
+
 def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterable[str]) -> Feed:
     """Returns exactly the inputs that are needed, in their types.
 
@@ -98,7 +107,9 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
     Raises:
         ConfigError: An input is unknown, missing, has another type, or looks up rows that are not
             there.
+        TypeError: The feed is no dictionary.
     """
+    require_feed(feed)
     arrays = {name: np.asarray(array) for name, array in feed.items()}
     if unknown := sorted(arrays.keys() - set(known)):
         raise ConfigError(f"the model has no input {unknown[0]!r}; it has {', '.join(known)}")

@@ -185,7 +185,7 @@ def test_inputs_of_one_run(tmp_path: Path) -> None:
         "input_ids": tokens.reshape(2, 6),
         "past.0.key": np.ones((2, 0, 3), np.float32),
     }
-    np.savez(tmp_path / "named.npz", **arrays)
+    np.savez(tmp_path / "named.npz", **arrays)  # type: ignore[arg-type]
     save_file(arrays, tmp_path / "named.safetensors")
     for name in ("raw", "tokens.npy"):
         (found,) = read_inputs(tmp_path / name, IDS, dtype="uint16", window=5).values()
