@@ -102,6 +102,9 @@ def check_page(path: str | os.PathLike[str]) -> None:
         raise SaveError(f"cannot write the page {file}: its name has to end in .html")
     if file.is_dir():
         raise SaveError(f"cannot write the page {file}: it is a folder")
+    folder = next(folder for folder in file.parents if folder.exists())
+    with naming_errors(file):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_page(page: str, path: str | os.PathLike[str]) -> None:
