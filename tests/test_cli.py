@@ -351,6 +351,7 @@ def test_help(qmoe: Run, command: str) -> None:
         ("plan m.onnx --bits four", "argument --bits: invalid int value: 'four'"),
         ("quantize m.onnx out --workers 0", "argument --workers: 0 is not a positive number"),
         ("quantize m.onnx out --workers many", "argument --workers: many is not a positive number"),
+        ("calibrate m.onnx data out --window 0", "argument --window: 0 is not a positive number"),
         ("inspect m.onnx --bits 4", "unrecognized arguments: --bits 4 (see qmoe inspect --help)"),
         ("inspect m.onnx --target cude", "; did you mean cuda? (see qmoe inspect --help)"),
         ("calibrate m.onnx d c --dtype int8", "; did you mean uint8? (see qmoe calibrate --help)"),
