@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 def moments(x: Array) -> Statistics:
-    hessian = x.T @ x / np.float32(len(x))
+    hessian = (x.T @ x / np.float32(len(x))).astype(np.float32)
     return Statistics(len(x), np.diagonal(hessian).copy(), hessian)
 
 
@@ -35,7 +35,8 @@ def test_moments_of_any_inputs_are_moments(
     """Also those of columns that are alike, or never seen, or too small for their squares."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
-    x *= np.float32(10) ** rng.uniform(*sorted(exponents), columns).astype(np.float32)
+    low, high = sorted(exponents)
+    x *= np.float32(10) ** rng.uniform(low, high, columns).astype(np.float32)
     x[:, rng.random(columns) < 0.1] = 0
     x[:, rng.random(columns) < 0.1] = x[:, :1]
     check_statistics(moments(x), columns)

@@ -95,7 +95,7 @@ def add_save_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dask",
         metavar="ADDRESS",
-        help="let the Dask cluster of this scheduler compute; its workers see the same folders",
+        help="let the Dask cluster of this scheduler compute; its workers see the same files",
     )
     group.add_argument(
         "--max-shard-size",
