@@ -110,21 +110,20 @@ def _quantize(arguments: argparse.Namespace) -> int:
     print_report(report, arguments.json)
     _save_page(report, arguments, destination=arguments.destination)
     if not report.count(CONVERTED):
-        tell(
-            f"nothing was converted, {arguments.destination} is a copy: {_why_nothing(report)}; "
-            "--fail-if-skipped makes that an error"
-        )
+        tell(f"nothing was converted, {arguments.destination} is a copy: {_why_nothing(report)}")
     return 0
 
 
 def _why_nothing(report: Report) -> str:
     """Returns the reason of most nodes, which says what would mend it where anything would."""
-    reasons = Counter(row.reason for row in report.rows if row.status == SKIPPED)
-    reasons = reasons or Counter(row.reason for row in report.rows)
-    if not reasons:
-        return "there is no com.microsoft::MoE node, nor experts that can be fused to one"
-    ((reason, count),) = reasons.most_common(1)
-    return f"{reason} ({count} of {len(report.rows)} nodes)"
+    skipped = Counter(row.reason for row in report.rows if row.status == SKIPPED)
+    reasons = skipped or Counter(row.reason for row in report.rows)
+    found = "there is no com.microsoft::MoE node, nor experts that can be fused to one"
+    if reasons:
+        ((reason, count),) = reasons.most_common(1)
+        found = f"{reason} ({count} of {len(report.rows)} nodes)"
+    fails = skipped or not reasons
+    return f"{found}; --fail-if-skipped makes that an error" if fails else found
 
 
 def _save_page(report: Report, arguments: argparse.Namespace, destination: str = "") -> None:

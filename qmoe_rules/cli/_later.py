@@ -1,6 +1,6 @@
 """Modules that wait until something asks them for a name.
 
-A third of the time that `qmoe plan` takes would go into modules that no plan calls: onnx-ir
+Nearly half of the time that `qmoe plan` takes would go into modules that no plan calls: onnx-ir
 computes with symbolic sizes in sympy, and onnxscript folds constants with the reference operators
 of onnx. Both import them at once, and need them when such a thing occurs; then they are loaded.
 An application may decide that; a library may not.
