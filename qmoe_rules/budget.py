@@ -2,8 +2,9 @@
 
 The error of a choice is measured, not guessed: some experts of every projection are quantized in
 every way that the target takes, and the error of the projection's output, ||(W - Q) x||^2 relative
-to ||W x||^2, is taken from the statistics' mean of x^2 (all alike where there are none). The choice
-with the least sum of errors within the budget is then found exactly, up to the rounding of sizes.
+to ||W x||^2, is taken from the statistics' mean of x^2 (all alike where there are none); a kernel
+that rounds activations adds what it was measured to. The choice with the least sum of errors within
+the budget is then found exactly, up to the rounding of sizes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ __all__ = ["Choice", "allocate", "choices_for", "within_budget"]
 _SAMPLED_EXPERTS = 4
 # Both halves of a gated fc1 pass their error on to the product.
 _GATED_WEIGHT = 2.0
+# The error of a kernel that is 1 to 2 % off whatever the weights: what it rounds are activations.
+_APPROXIMATE = 0.012**2
 _FRONTIER = 1 << 14
 
 _Measure = Callable[[str, Spec], float]
@@ -218,7 +221,11 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[tuple[int, int, int], Recipe]]
 
 def _error(moe: FloatMoE, recipe: Recipe, measure: _Measure) -> float:
     counts = {"fc1": _GATED_WEIGHT if moe.facts.activation in GATED else 1.0, "fc2": 1.0}
-    return sum(counts[name] * measure(name, spec) for name, spec in recipe.specs.items())
+    total = 0.0
+    for name, spec in recipe.specs.items():
+        rounded = recipe.provider_target.is_approximate(recipe.specs, spec.block_size)
+        total += counts[name] * (measure(name, spec) + _APPROXIMATE * rounded)
+    return total
 
 
 def _measured(

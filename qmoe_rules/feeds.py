@@ -18,9 +18,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.errors import ConfigError, QMoEError, SourceError
 
-__all__ = ["TOKEN_DTYPES", "Feed", "Input", "complete", "inputs_of", "random_feeds", "read_feeds"]
+__all__ = [
+    "TOKEN_DTYPES",
+    "Feed",
+    "Input",
+    "complete",
+    "drop_caches",
+    "inputs_of",
+    "random_feeds",
+    "read_feeds",
+    "read_inputs",
+    "require_feed",
+]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -43,11 +54,13 @@ class Input:
         name: Its name.
         dtype: Its type; float32 for bfloat16, which numpy does not have.
         shape: Its sizes, None for those that are open; None where the rank is.
+        rows: How many rows the tables have that its numbers look up, None where they look up none.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | None, ...] | None
+    rows: int | None = None
 
 
 def inputs_of(model: ir.Model) -> dict[str, Input]:
@@ -67,8 +80,17 @@ def inputs_of(model: ir.Model) -> dict[str, Input]:
         shape = None
         if value.shape is not None:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-        found[name] = Input(name, np.dtype(np.float32) if wide else value.dtype.numpy(), shape)
+        dtype = np.dtype(np.float32) if wide else value.dtype.numpy()
+        found[name] = Input(name, dtype, shape, _rows(value))
     return found
+
+
+def require_feed(feed: object) -> None:
+    """Raises TypeError for what is no dictionary."""
+    if not isinstance(feed, Mapping):
+        raise TypeError(
+            f"a feed is a dictionary of arrays by input name, not {type(feed).__name__}"
+        )
 
 
 def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterable[str]) -> Feed:
@@ -83,8 +105,11 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
         known: Names of all inputs of the model.
 
     Raises:
-        ConfigError: An input is unknown, missing, or has another type.
+        ConfigError: An input is unknown, missing, has another type, or looks up rows that are not
+            there.
+        TypeError: The feed is no dictionary.
     """
+    require_feed(feed)
     arrays = {name: np.asarray(array) for name, array in feed.items()}
     if unknown := sorted(arrays.keys() - set(known)):
         raise ConfigError(f"the model has no input {unknown[0]!r}; it has {', '.join(known)}")
@@ -101,8 +126,36 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
         if wanted.shape is not None and not _fits(array.shape, wanted.shape):
             shown = ", ".join("?" if size is None else str(size) for size in wanted.shape)
             raise ConfigError(f"input {name!r} is {list(array.shape)}; the model wants [{shown}]")
+        if wanted.rows is not None and array.size:
+            furthest = int(array.max() if array.max() >= wanted.rows else array.min())
+            if not -wanted.rows <= furthest < wanted.rows:
+                raise ConfigError(
+                    f"input {name!r} holds {furthest}, and looks up a table of {wanted.rows} rows; "
+                    "are the data of another type, or of another tokenizer?"
+                )
         completed[name] = array.astype(wanted.dtype, copy=False)
     return completed
+
+
+def drop_caches(model: ir.Model, given: Iterable[str]) -> None:
+    """Removes, in place, the empty caches of attention nodes that may do without them.
+
+    Their sizes are not always known, and a cache of another size than the node's is refused.
+
+    Args:
+        model: The model.
+        given: The inputs that the feeds have, and that are not empty.
+    """
+    absent = [value for value in model.graph.inputs if value.name not in set(given)]
+    for value in absent:
+        uses = list(value.uses())
+        if not all(use.node.op_type == "GroupQueryAttention" and use.idx in (3, 4) for use in uses):
+            continue
+        for node, index in uses:
+            node.replace_input_with(index, None)
+            node.attributes.pop("sliding_window_cache", None)  # how a cache is kept that is gone
+        if uses:
+            model.graph.inputs.remove(value)
 
 
 def random_feeds(model: ir.Model, tokens: int, seed: int) -> Feed:
@@ -156,17 +209,15 @@ def read_feeds(
         windows: How many feeds at most; they never overlap.
 
     Raises:
-        SourceError: The file cannot be read.
+        SourceError: The file cannot be read, or holds nothing.
         ConfigError: The arrays do not fit together, or it is not clear which input they are for.
     """
     path = Path(path)
     arrays = _arrays(path, dtype)
     if isinstance(arrays, dict):
         sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
-        if len(sizes) != 1:
-            raise ConfigError(
-                f"{path}: the arrays differ in their first axis, which counts samples"
-            )
+        if len(sizes) != 1 or not min(sizes):
+            raise ConfigError(f"{path}: the arrays have no common first axis, which counts samples")
         chosen = _spread(sizes.pop(), 1, windows)
         return ({key: array[i : i + 1] for key, array in arrays.items()} for i in chosen)
     target = _target(inputs, name)
@@ -177,8 +228,46 @@ def read_feeds(
     return ({target: arrays[None, start : start + window]} for start in chosen)
 
 
+def read_inputs(
+    path: str | os.PathLike[str],
+    inputs: Mapping[str, Input],
+    *,
+    dtype: str = "uint8",
+    window: int = 256,
+) -> Feed:
+    """Reads what a model is run on once: arrays as they are, or the first window of tokens.
+
+    Args:
+        path: A file as `read_feeds` takes it.
+        inputs: The model's inputs, from `inputs_of`.
+        dtype: The type of the numbers in a raw file of tokens, little-endian.
+        window: Tokens, of a file that holds nothing else.
+
+    Raises:
+        SourceError: The file cannot be read, or holds nothing.
+        ConfigError: It is not clear which input the data are for.
+    """
+    arrays = _arrays(Path(path), dtype)
+    if isinstance(arrays, dict):
+        return arrays
+    if window < 1:
+        raise ConfigError(f"window={window}; it may be any number from 1")
+    return {_target(inputs, None): arrays if arrays.ndim > 1 else arrays[None, :window]}
+
+
 def _arrays(path: Path, dtype: str) -> Array | dict[str, Array]:
+    """Returns what a file holds, which is something."""
+    found = _read(path, dtype)
+    named = found if isinstance(found, dict) else {"": found}
+    if not named or not any(array.size for array in named.values()):
+        raise SourceError(f"{path} holds no data")
+    return found
+
+
+def _read(path: Path, dtype: str) -> Array | dict[str, Array]:
     try:
+        if path.is_dir():
+            raise SourceError(f"cannot read {path}: it is a folder; name a file of data")
         if path.suffix == ".npy":
             array: Array = np.load(path, mmap_mode="r")
             return array.reshape(-1) if not array.ndim else array
@@ -191,13 +280,19 @@ def _arrays(path: Path, dtype: str) -> Array | dict[str, Array]:
             return dict(load_file(path))
         if dtype not in TOKEN_DTYPES:
             raise ConfigError(f"dtype={dtype!r}; it may be {', '.join(TOKEN_DTYPES)}")
-        return np.fromfile(path, np.dtype(dtype).newbyteorder("<"))
-    except ConfigError:
+        size, wanted = path.stat().st_size, np.dtype(dtype).newbyteorder("<")
+        if size % wanted.itemsize:
+            raise SourceError(f"cannot read {path}: {size} bytes are no whole number of {dtype}")
+        return np.fromfile(path, wanted)
+    except QMoEError:
         raise
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # of many types, depending on who reads
-        raise SourceError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        kind = path.suffix.removeprefix(".")
+        raise SourceError(f"cannot read {path}: it is no {kind} file of numbers") from error
 
 
 def _target(inputs: Mapping[str, Input], name: str | None) -> str:
@@ -217,8 +312,6 @@ def _spread(length: int, window: int, windows: int) -> list[int]:
     for what, size in (("window", window), ("windows", windows)):
         if size < 1:
             raise ConfigError(f"{what}={size}; it may be any number from 1")
-    if not length:
-        return []
     count = max(min(windows, length // window), 1)
     return [int(start) for start in np.linspace(0, max(length - window, 0), count)]
 
@@ -259,7 +352,7 @@ def _random(value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generato
         return rng.standard_normal(shape).astype(wanted.dtype)
     if wanted.dtype == np.bool_:
         return np.asarray(rng.integers(0, 2, shape)).astype(np.bool_)
-    rows = None if "mask" in name or "position" in name else _rows(value)
+    rows = None if "mask" in name or "position" in name else wanted.rows
     return None if rows is None else rng.integers(0, rows, shape, wanted.dtype)
 
 

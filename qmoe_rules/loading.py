@@ -82,7 +82,13 @@ def locate(path: str | os.PathLike[str]) -> Source:
 
     Raises:
         SourceError: Nothing is there, or the folder holds no model or several.
+        TypeError: It is no path, but a model in memory, say.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"expected the path of a model, not {type(path).__name__}; a model in memory is "
+            "quantized by QuantizeMoEPass, or by rewriting it, and written by save"
+        )
     given = Path(path)
     try:
         given.stat()

@@ -297,6 +297,15 @@ def refuse_shapes(
     return None
 
 
+def require_model(model: object) -> None:
+    """Raises TypeError for what is no model of onnx-ir, and says what would make one."""
+    if not isinstance(model, ir.Model):
+        raise TypeError(
+            f"expected an onnx_ir.Model, not {type(model).__name__}; onnx_ir.load makes one of a "
+            "file, onnx_ir.from_proto of a ModelProto"
+        )
+
+
 def agree(known: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
     """Returns whether known sizes and expected ones can be the same, None standing for any."""
     return len(known) == len(expected) and all(

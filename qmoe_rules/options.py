@@ -56,8 +56,8 @@ OPTIONS = (
     Option(
         "block_size",
         int,
-        "columns per scale, a power of two from 16; 0 for the whole row (default; mxfp4 has 32, "
-        "nvfp4 16, fp8 squares of 128)",
+        "columns per scale, a power of two from 16; 0 for the whole row (default: 0 where the "
+        "target takes it, else 32, or 128 for trt-rtx; mxfp4 has 32, nvfp4 16, fp8 squares of 128)",
         shown="B",
     ),
     Option("symmetric", bool, "no zero points: integer codes are centred on zero"),

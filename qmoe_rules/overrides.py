@@ -12,13 +12,22 @@ import functools
 import glob
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qmoe_rules.errors import ConfigError
 
-__all__ = ["OVERRIDABLE", "AnyOverride", "Override", "check_pattern", "exactly", "matches"]
+__all__ = [
+    "OVERRIDABLE",
+    "AnyOverride",
+    "Override",
+    "check_pattern",
+    "exactly",
+    "matches",
+    "parse_overrides",
+    "parse_patterns",
+]
 
 _MEMORY = 64 << 20  # bytes that a compiled expression may take
 
@@ -79,6 +88,31 @@ class Override:
 
 AnyOverride = Override | str | tuple[str, Mapping[str, Any]]
 """What `Recipe` takes for an override; it keeps an `Override`."""
+
+
+def parse_overrides(given: object) -> tuple[Override, ...]:
+    """Reads a sequence of overrides, of any form that `Override.parse` takes.
+
+    Raises:
+        ConfigError: It is something else, or an override is wrong.
+    """
+    if isinstance(given, (str, Override)) or not isinstance(given, Iterable):
+        raise ConfigError(f"overrides={given!r}; it is a sequence of overrides")
+    return tuple(Override.parse(override) for override in given)
+
+
+def parse_patterns(given: object) -> tuple[str, ...]:
+    """Reads a sequence of patterns.
+
+    Raises:
+        ConfigError: It is something else, or a pattern is a broken regular expression.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(f"nodes_to_exclude={given!r}; it is a sequence of names or patterns")
+    patterns = tuple(str(pattern) for pattern in given)
+    for pattern in patterns:
+        check_pattern(pattern)
+    return patterns
 
 
 def check_pattern(pattern: str) -> None:

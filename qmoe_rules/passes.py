@@ -41,6 +41,7 @@ def prepare(model: ir.Model) -> ir.Model:
 
 
 def _inline(model: ir.Model) -> bool:
+    ops.require_model(model)
     holders = _functions_with_moe(model)
     if holders:
         try:

@@ -115,6 +115,7 @@ def quantize(
     if not os.fspath(destination):
         raise SaveError("the destination is empty; name a folder, or a file that ends in .onnx")
     path = _destination_file(found, Path(destination))
+    _refuse_inside(found, path)
     model, report = _planned(found, recipe)
     if strict:
         report.raise_if_skipped()
@@ -199,6 +200,17 @@ def _destination_file(source: Source, destination: Path) -> Path:
     return resolved(real / source.model.name)
 
 
+def _refuse_inside(source: Source, path: Path) -> None:
+    """Raises SaveError where the files of a folder would be copied into a folder inside it."""
+    folder = source.folder and source.folder.resolve()
+    if folder and folder in path.parent.parents:
+        raise SaveError(
+            f"refusing to write to {path.parent}, which is inside {folder}: its files would be "
+            f"copied into it; name a folder elsewhere, or the model as {source.model}, which comes "
+            "without other files"
+        )
+
+
 def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, target: Path) -> None:
     """Copies everything in `folder` that is not part of the model into the staging folder."""
     root = folder.resolve()
@@ -209,9 +221,10 @@ def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, targe
             continue
         # Of this save or of another, under way or killed.
         hidden = any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts)
-        inside_target = target == real or target in real.parents
-        if hidden or not file.is_file() or real in model_files or inside_target:
+        if hidden or not file.is_file() or real in model_files:
             continue
+        if (goal := target / file.relative_to(folder)).is_relative_to(root):
+            raise SaveError(f"refusing to write {goal}: it is inside the source")
         if file.suffix == ".onnx" and _reads_from(file, model_files):
             logger.warning("%s is not copied: it shares data with the model", file)
             continue

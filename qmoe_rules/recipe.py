@@ -17,7 +17,14 @@ from qmoe_rules.errors import ConfigError
 from qmoe_rules.formats import FORMATS, Format, Spec
 from qmoe_rules.kernels import Facts, Specs
 from qmoe_rules.layouts import LAYOUTS, Layout
-from qmoe_rules.overrides import OVERRIDABLE, AnyOverride, Override, check_pattern, matches
+from qmoe_rules.overrides import (
+    OVERRIDABLE,
+    AnyOverride,
+    Override,
+    matches,
+    parse_overrides,
+    parse_patterns,
+)
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
 from qmoe_rules.sizes import parse_bytes
@@ -121,8 +128,8 @@ class Recipe:
         if self.layout is not None:
             _one_of("layout", self.layout, LAYOUTS)
         object.__setattr__(self, "calibration", _calibration(self.calibration, self.method))
-        object.__setattr__(self, "nodes_to_exclude", _patterns(self.nodes_to_exclude))
-        object.__setattr__(self, "overrides", _parsed(self.overrides))
+        object.__setattr__(self, "nodes_to_exclude", parse_patterns(self.nodes_to_exclude))
+        object.__setattr__(self, "overrides", parse_overrides(self.overrides))
         object.__setattr__(self, "budget", self._checked_budget())
         self._check_storage()
         for override in self.given_overrides:
@@ -137,12 +144,19 @@ class Recipe:
 
         Raises:
             ConfigError: A field is unknown or wrong.
+            TypeError: `recipe` is no recipe.
         """
+        if not isinstance(recipe, cls | None):
+            raise TypeError(
+                f"recipe={recipe!r} is no Recipe; fields are given by name, such as bits=4"
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                if name == "asymmetric":
+                    hint = "symmetric=False stores zero points"
                 raise ConfigError(f"recipe has no field {name!r}; {hint}")
         return dataclasses.replace(recipe or cls(), **fields)
 
@@ -380,18 +394,3 @@ def _check_block_size(size: object) -> None:
         raise ConfigError(
             f"block_size={size!r}; it may be 0 (one scale per row) or a power of two from 16"
         )
-
-
-def _patterns(given: object) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ConfigError(f"nodes_to_exclude={given!r}; it is a sequence of names or patterns")
-    patterns = tuple(str(pattern) for pattern in given)
-    for pattern in patterns:
-        check_pattern(pattern)
-    return patterns
-
-
-def _parsed(given: object) -> tuple[Override, ...]:
-    if isinstance(given, (str, Override)) or not isinstance(given, Iterable):
-        raise ConfigError(f"overrides={given!r}; it is a sequence of overrides")
-    return tuple(Override.parse(override) for override in given)

@@ -171,6 +171,17 @@ class Report:
     # itself would keep its whole graph alive.
     _rows: dict[object, Row] = field(default_factory=dict, init=False)
 
+    @classmethod
+    def of(cls, report: Report | None) -> Report:
+        """Returns a report that was given, or an empty one where none was.
+
+        Raises:
+            TypeError: It is something else.
+        """
+        if not isinstance(report, cls | None):
+            raise TypeError(f"report={report!r} is no Report; give one: report=Report()")
+        return cls() if report is None else report
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and self.to_dict() == other.to_dict()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.extents import Extent, data_names, is_data_name, lay_out, standing_in, undisturbed
 from qmoe_rules.journal import Journal, fingerprint
@@ -95,6 +96,7 @@ def save(
         >>> import onnx_ir as ir
         >>> # save(rewriter.rewrite(ir.load("model.onnx"), rules), "quantized/model.onnx")
     """
+    ops.require_model(model)
     options = SaveOptions(workers, executor, max_shard_size, resume, progress)
     path = resolved(Path(path))
     guard(model, path)

@@ -149,7 +149,7 @@ class Calibration:
 
         Raises:
             SourceError: The file is broken.
-            KeyError: The node is not in the file.
+            ConfigError: The node is not in the file.
         """
         known = self._without_hessian(node, projection, expert)
         if not self.hessian or not known.tokens:
@@ -316,8 +316,9 @@ class Calibration:
         """Returns a tensor that has not been read yet."""
         from safetensors import SafetensorError
 
-        if node not in self.fingerprints:
-            raise KeyError(node)
+        if node not in self.fingerprints or projection not in PROJECTIONS:
+            known = f"{' and '.join(PROJECTIONS)} of {', '.join(self.nodes)}"
+            raise ConfigError(f"{self.path} has no {node}/{projection}; it has {known}")
         name, dtype = f"{node}/{projection}/{part}", "I64" if part == "tokens" else "F32"
         try:
             found = self._file.get_slice(name)

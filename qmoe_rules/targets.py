@@ -253,6 +253,16 @@ class Target:
         """
         return worst((provider.judge(facts, stored) for provider in self.providers), _IN_ALL)
 
+    def is_approximate(self, specs: Specs, block_size: int) -> bool:
+        """Returns whether a provider computes projections stored so less exactly than it could.
+
+        Args:
+            specs: How they are stored.
+            block_size: Columns that share a scale in the one that is asked about.
+        """
+        kernels = (provider.kernel(specs) for provider in self.providers)
+        return any(kernel and block_size in kernel.approximate for kernel in kernels)
+
     def warnings(self, facts: Facts, specs: Specs) -> tuple[str, ...]:
         """Returns what the owner of a node should know about the providers.
 

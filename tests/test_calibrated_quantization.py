@@ -355,7 +355,6 @@ def test_the_command_quantizes_by_a_calibration(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--window", "0"], "window=0; it may be any number from 1"),
         (["--input", "x"], "the model has no input 'x'; it has input_ids"),
         (["--window", "300"], "ONNX Runtime cannot run the model"),
     ],

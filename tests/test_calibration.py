@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qmoe_rules import Calibration, SaveError, SourceError, calibrate, ops, prepare, reference
+from qmoe_rules.cli import main
 from qmoe_rules.errors import ConfigError
 from qmoe_rules.feeds import inputs_of, read_feeds
 from qmoe_rules.fingerprints import fingerprints
@@ -466,10 +467,13 @@ def test_a_feed_that_onnxruntime_refuses_is_an_error() -> None:
     ids = graph.input("ids", np.int64, ("tokens",))
     table = graph.weight("table", np.ones((5, 32), np.float32))
     _, router = graph_inputs(graph, SMALL)
-    x = graph.op("Gather", table, ids, out="rows", like=np.ones((1, 32), np.float32))
+    later = graph.op("Add", ids, ids, out="later", like=ids)
+    like = np.ones((1, 32), np.float32)
+    x = graph.op("Gather", table, later, out="rows", like=like, name="lookup")
     y = graph.moe(x, router, graph.weights(SMALL.arrays()), **SMALL.attributes)
-    feed = {"ids": np.array([9]), "router_probs": np.ones((1, 4), np.float32)}
-    with pytest.raises(SourceError, match=r"ONNX Runtime cannot run the model: .*indices"):
+    feed = {"ids": np.array([3]), "router_probs": np.ones((1, 4), np.float32)}
+    message = "ONNX Runtime cannot run the model: node 'lookup' looks up row 6 of a table of 5; is "
+    with pytest.raises(SourceError, match=message):
         calibrate(graph.model(y), [feed])
 
 
@@ -786,3 +790,34 @@ def test_the_nodes_are_those_that_quantization_finds(tiny_fp32: Path) -> None:
     apply_rules(model, normalize_moe_rules())
     assert calibration.fingerprints == fingerprints(model)
     calibration.check(fingerprints(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "reason"),
+    [
+        (["--dtype", "uint16"], b"text", "input 'input_ids' holds 29816, and looks up a table of"),
+        (["--window", "300"], b"t" * 300, "node 'posemb' looks up row 256 of a table of 256; is a"),
+        ([], b"", "holds no data"),
+        ([], None, "it is a folder; name a file of data"),
+    ],
+    ids=["dtype", "window", "empty", "folder"],
+)
+def test_data_that_do_not_fit_are_told_in_one_line(
+    options: list[str],
+    data: bytes | None,
+    reason: str,
+    tiny_fp32: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if data is not None:
+        (tmp_path / "text").write_bytes(data)
+    else:
+        (tmp_path / "text").mkdir()
+    where = (tmp_path / "text", tmp_path / "calibration")
+    assert main(["calibrate", *map(str, (tiny_fp32, *where)), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert reason in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "text"]

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import qmoe_rules
@@ -47,10 +46,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).symlink_to(ROOT / name)
     for file in (ROOT / PLACES["MODEL"]).iterdir():
         shutil.copy(file, tmp_path / file.name)
-    text = (ROOT / "README.md").read_bytes()
-    (tmp_path / "text.bin").write_bytes(text)
-    tokens = np.frombuffer(text[:64], np.uint8).astype(np.int64)
-    np.savez(tmp_path / "feeds.npz", input_ids=tokens[None])
+    (tmp_path / "text.bin").write_bytes((ROOT / "README.md").read_bytes())
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, module in (("qmoe", "-m qmoe_rules.cli"), ("python", "")):

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qmoe_rules.errors import ConfigError, SourceError
-from qmoe_rules.feeds import Input, complete, inputs_of, random_feeds, read_feeds
+from qmoe_rules.feeds import (
+    Input,
+    complete,
+    inputs_of,
+    random_feeds,
+    read_feeds,
+    read_inputs,
+)
 from tests.moe_models import Array, Graph
 
 INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
@@ -139,15 +146,73 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="does not exist"):
             read_feeds(tmp_path / name, IDS)
         (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(SourceError, match="cannot read"):
+        kind = name.partition(".")[2]
+        with pytest.raises(SourceError, match=f"{name}: it is no {kind} file of numbers$"):
             read_feeds(tmp_path / name, IDS)
-    with pytest.raises(SourceError, match="cannot read"):
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    with pytest.raises(SourceError, match=r"it is no npy file of numbers$"):
+        read_feeds(tmp_path / "objects.npy", IDS)
+    with pytest.raises(SourceError, match=r"it is a folder; name a file of data$"):
         read_feeds(tmp_path, IDS)
+    (tmp_path / "odd").write_bytes(b"abc")
+    with pytest.raises(SourceError, match=r"3 bytes are no whole number of uint16$"):
+        read_feeds(tmp_path / "odd", IDS, dtype="uint16")
     np.savez(tmp_path / "uneven.npz", a=np.ones((2, 3)), b=np.ones((3, 3)))
-    with pytest.raises(ConfigError, match="the arrays differ in their first axis"):
-        read_feeds(tmp_path / "uneven.npz", IDS)
-    (tmp_path / "empty").touch()
-    assert list(read_feeds(tmp_path / "empty", IDS)) == []
+    np.savez(tmp_path / "single.npz", a=np.ones(()))
+    for name in ("uneven.npz", "single.npz"):
+        with pytest.raises(ConfigError, match="the arrays have no common first axis"):
+            read_feeds(tmp_path / name, IDS)
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "raw").touch()
+    np.save(tmp_path / "a.npy", np.ones((0, 4)))
+    np.savez(tmp_path / "b.npz")
+    save_file({}, tmp_path / "c.safetensors")
+    for name in ("raw", "a.npy", "b.npz", "c.safetensors"):
+        with pytest.raises(SourceError, match=f"{name} holds no data$"):
+            read_feeds(tmp_path / name, IDS)
+
+
+def test_inputs_of_one_run(tmp_path: Path) -> None:
+    """Arrays are taken whole; of tokens the first window is."""
+    tokens = np.arange(12, dtype=np.uint16)
+    (tmp_path / "raw").write_bytes(tokens.tobytes())
+    np.save(tmp_path / "tokens.npy", tokens)
+    np.save(tmp_path / "batch.npy", tokens.reshape(3, 4))
+    arrays: dict[str, Array] = {
+        "input_ids": tokens.reshape(2, 6),
+        "past.0.key": np.ones((2, 0, 3), np.float32),
+    }
+    np.savez(tmp_path / "named.npz", **arrays)  # type: ignore[arg-type]
+    save_file(arrays, tmp_path / "named.safetensors")
+    for name in ("raw", "tokens.npy"):
+        (found,) = read_inputs(tmp_path / name, IDS, dtype="uint16", window=5).values()
+        assert found.tolist() == [[0, 1, 2, 3, 4]]
+    (found,) = read_inputs(tmp_path / "batch.npy", IDS).values()
+    assert np.array_equal(found, tokens.reshape(3, 4))
+    for name in ("named.npz", "named.safetensors"):
+        named = read_inputs(tmp_path / name, IDS)
+        assert named.keys() == arrays.keys()
+        assert all(np.array_equal(named[key], arrays[key]) for key in arrays)
+    with pytest.raises(ConfigError, match="window=0; it may be any number from 1"):
+        read_inputs(tmp_path / "raw", IDS, window=0)
+
+
+def test_numbers_that_look_up_rows_that_are_not_there() -> None:
+    graph = Graph()
+    ids = graph.input("input_ids", np.int64, ("batch", "length"))
+    table = graph.weight("table", np.ones((10, 4), np.float32))
+    found = graph.op("Gather", table, ids, out="found")
+    found.type = ir.TensorType(ir.DataType.FLOAT)
+    needed = inputs_of(graph.model(found))
+    assert needed["input_ids"].rows == 10
+    fine = complete({"input_ids": np.array([[-10, 9]])}, needed, needed)
+    assert fine["input_ids"].tolist() == [[-10, 9]]
+    for wrong in (10, -11):
+        message = f"input 'input_ids' holds {wrong}, and looks up a table of 10 rows; are the data "
+        with pytest.raises(ConfigError, match=message):
+            complete({"input_ids": np.array([[0, wrong]])}, needed, needed)
 
 
 def test_what_follows_from_the_tokens() -> None:

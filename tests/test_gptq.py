@@ -180,7 +180,7 @@ def test_columns_that_were_never_seen_are_quantized_all_the_same() -> None:
 def test_a_hessian_that_rounding_made_indefinite_is_damped_further() -> None:
     hessian = np.ones((64, 64), np.float32) - 2 * np.eye(64, dtype=np.float32)
     np.fill_diagonal(hessian, 1)
-    hessian[0, 1] = hessian[1, 0] = -40
+    hessian[0, 1] = hessian[1, 0] = -1
     statistics = Statistics(100, np.ones(64, np.float32), hessian)
     found = gptq(drawn(20, 64), Spec(FORMATS["int4"], 32), statistics)
     assert np.isfinite(found.dequantize()).all()

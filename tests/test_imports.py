@@ -165,13 +165,73 @@ def test_public_names_exist(module: Module) -> None:
     assert all(not name.startswith("_") for name in names)
 
 
-def test_importing_the_package_is_light() -> None:
-    """In a fresh process: what is not needed for a dry run is not imported."""
-    code = f"import sys, qmoe_rules; print(*[name for name in {LATE!r} if name in sys.modules])"
+def _imported(code: str, *arguments: str) -> set[str]:
+    """Returns what a fresh process has imported in the end; whatever it printed before is lost."""
+    code = f"import sys\n{code}\nprint('\\n', *sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    assert set(done.stdout.split()) <= {"onnx"}  # which onnxscript imports
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_is_light() -> None:
+    """A worker that computes slabs needs no graphs, and loads none."""
+    assert _imported("import qmoe_rules").isdisjoint({*LATE, "numpy", "onnx_ir", "onnxscript"})
+    slabs = _imported("from qmoe_rules.slabs import write_slab")
+    assert slabs.isdisjoint({*LATE, "onnx_ir", "onnxscript"})
+    everything = _imported("from qmoe_rules import *")
+    assert everything.isdisjoint({*LATE} - {"onnx"})  # which onnxscript imports
+
+
+def test_the_public_names_are_where_they_are_said_to_be() -> None:
+    for name in qmoe_rules.__all__:
+        found = getattr(qmoe_rules, name)
+        assert found.__name__ == name
+        assert found.__module__.startswith("qmoe_rules.")
+    assert set(qmoe_rules.__all__) <= set(dir(qmoe_rules))
+    with pytest.raises(AttributeError, match="module 'qmoe_rules' has no attribute 'quantise'"):
+        qmoe_rules.quantise  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_plan_loads_nothing_that_it_does_not_need(tiny_fp16: Path) -> None:
+    """`sympy` and its like are known, but nothing of them is loaded."""
+    code = "from qmoe_rules.cli import main\nassert not main(['plan', *sys.argv[1:]])"
+    imported = _imported(code, str(tiny_fp16))
+    assert {"onnx_ir", "onnxscript.rewriter", "qmoe_rules.rules"} <= imported
+    heavy = {"sympy.core", "mpmath", "onnx.reference.ops._op", "rich.progress"}
+    rooms = {"qmoe_rules.calibration", "qmoe_rules.verification", "qmoe_rules.reference"}
+    late = {*LATE} - {"onnx", "onnxruntime", "rich"}  # the runtime is asked what it knows
+    assert imported.isdisjoint(heavy | rooms | late)
+
+
+def test_what_waits_is_loaded_when_it_is_asked_for() -> None:
+    """Sizes that are expressions and constants that are folded work in the command too."""
+    code = """
+import qmoe_rules.cli
+import onnx_ir as ir, onnxscript.optimizer
+assert "sympy.core" not in sys.modules
+size = ir.SymbolicDim("batch") * 2 + 1
+import pickle, sympy
+assert size == "2*batch + 1" and isinstance(size._expr, sympy.Expr), size
+assert pickle.loads(pickle.dumps(size._expr)) == size._expr
+assert "onnx.reference.ops._op" not in sys.modules
+model = ir.from_onnx_text(
+    '''<ir_version: 10, opset_import: ["" : 20]>
+    agraph (float[batch] x) => (float[batch] y) {
+        a = Constant <value = float[1] {2}> ()
+        b = Constant <value = float[1] {3}> ()
+        c = Add (a, b)
+        y = Mul (x, c)
+    }'''
+)
+onnxscript.optimizer.fold_constants(model)
+assert not any(node.op_type == "Add" for node in model.graph)
+"""
+    assert {"sympy.core", "onnx.reference.ops._op"} <= _imported(code)
 
 
 def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:

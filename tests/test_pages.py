@@ -243,15 +243,40 @@ def test_only_a_page_is_written_over(tmp_path: Path, tiny_fp16: Path) -> None:
     assert (tmp_path / "new" / "page.html").read_text() == "other"
 
 
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("report.onnx", "its name has to end in .html"),
+        ("file/page.html", "Not a directory"),
+        ("file/deep/page.html", "Not a directory"),
+        (".", "its name has to end in .html"),
+    ],
+)
 def test_a_page_that_cannot_be_is_refused_before_any_work(
-    tiny_fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    page: str, reason: str, tiny_fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_page(tmp_path / "page.HTML")
-    with pytest.raises(SystemExit) as stopped:
-        main(["quantize", str(tiny_fp16), str(tmp_path / "out"), "--html", "report.onnx"])
-    assert stopped.value.code == 2
-    assert "its name has to end in .html" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    for command in (["plan"], ["quantize", str(tmp_path / "out")]):
+        arguments = [command[0], str(tiny_fp16), *command[1:], "--html", str(tmp_path / page)]
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert reason in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_page_that_can_be_leaves_nothing_before(tmp_path: Path) -> None:
+    for name in ("page.HTML", "new/page.html"):
+        check_page(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder without new files")
+def test_a_folder_that_takes_no_file_is_told_before_any_work() -> None:
+    with pytest.raises(SaveError, match=r"cannot write to /proc/page\.html: "):
+        check_page("/proc/page.html")
 
 
 def _report(*rows: Row, like: Report | None = None) -> Report:

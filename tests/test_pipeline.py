@@ -160,18 +160,38 @@ def test_data_files_of_the_source_stay_behind_whatever_their_names(
     assert written == MODEL | SIDE_FILES | {"weights", "weights/readme.txt"}
 
 
-def test_destination_inside_the_source_folder_does_not_contain_itself(
-    source: Path, expected: dict[str, bytes | None]
-) -> None:
+@pytest.mark.parametrize("place", ["int4", "deep/int4", "tokenizer", "deep/int4.onnx"])
+def test_destination_inside_the_source_folder_is_refused(source: Path, place: str) -> None:
+    """Its files would be copied into a part of themselves, and by the next run once more."""
     before = snapshot(source)
-    for _ in range(2):  # the second finds the first
-        quantize(source, source / "deep" / "int4", **RECIPE)
-    after = snapshot(source)
-    assert {name: after[name] for name in before} == before
-    inside = snapshot(source / "deep" / "int4")
-    assert set(inside) == {"model.onnx", "model.onnx.1.data"} | SIDE_FILES
-    assert inside["model.onnx.1.data"] == expected["model.onnx.data"]
-    assert set(after) - set(before) == {"deep", "deep/int4"} | {f"deep/int4/{n}" for n in inside}
+    with pytest.raises(SaveError) as error:
+        quantize(source, source / place, **RECIPE)
+    assert str(error.value).endswith(
+        f"which is inside {source}: its files would be copied into it; name a folder elsewhere, or "
+        f"the model as {source / 'model.onnx'}, which comes without other files"
+    )
+    assert snapshot(source) == before
+
+
+def test_a_file_has_nothing_that_could_mix(source: Path, expected: dict[str, bytes | None]) -> None:
+    quantize(source / "model.onnx", source / "deep" / "int4", **RECIPE)
+    assert snapshot(source / "deep" / "int4") == expected
+
+
+def test_destination_around_the_source_folder_keeps_its_files(
+    source: Path, tmp_path: Path, expected: dict[str, bytes | None]
+) -> None:
+    quantize(source, tmp_path, **RECIPE)
+    written = snapshot(tmp_path)
+    assert {name: written[name] for name in MODEL} == expected
+    assert set(written) >= SIDE_FILES
+    inner = source / source.name
+    inner.mkdir()
+    (inner / "config.json").write_text("another")
+    before = snapshot(tmp_path)
+    with pytest.raises(SaveError, match=r"source/config\.json: it is inside the source$"):
+        quantize(source, tmp_path, **RECIPE)
+    assert snapshot(tmp_path) == before
 
 
 def test_file_beside_the_source_in_its_own_folder_needs_no_side_files(source: Path) -> None:

@@ -19,7 +19,7 @@ from qmoe_rules.kernels import Facts
 from qmoe_rules.layouts import LAYOUTS
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.quantizers import METHODS
-from qmoe_rules.recipe import Override, Recipe
+from qmoe_rules.recipe import WIDTHS, Override, Recipe
 from qmoe_rules.testing import recipes
 
 NODE = "/model/layers.0/moe/MoE"
@@ -923,3 +923,22 @@ def test_int4_zero_points_never_leave_for_cuda_with_an_odd_number_of_blocks(
         assert (wide.refuse(facts) is None) == whole  # int8 is right with any number of blocks
     else:
         assert refused is not None  # no kernel of this type
+
+
+def test_the_default_block_size_is_what_the_help_says() -> None:
+    """0 where the target takes it, else 32, or 128 for trt-rtx."""
+    seen = set()
+    for target, bits, symmetric in itertools.product(TARGETS, WIDTHS, (True, False)):
+        fields: dict[str, Any] = {"target": target, "bits": bits, "symmetric": symmetric}
+        try:
+            size = Recipe(**fields).specs["fc1"].block_size
+        except ConfigError:  # whatever the size
+            continue
+        try:
+            Recipe(**fields, block_size=0)
+        except ConfigError:
+            assert size == (128 if target == "trt-rtx" else 32)
+        else:
+            assert size == 0
+        seen.add((target, size))
+    assert {("portable", 0), ("portable", 32), ("cpu", 32), ("trt-rtx", 128)} <= seen

@@ -152,9 +152,16 @@ def test_a_node_that_saw_nothing_knows_nothing(tmp_path: Path) -> None:
 
 
 def test_a_node_that_is_not_there(path: Path) -> None:
+    calibration = Calibration.load(path)
     for node in ("moe", f"{FIRST}/fc1"):
-        with pytest.raises(KeyError, match=node):
-            Calibration.load(path).statistics(node, "fc1", 0)
+        message = f"has no {node}/fc1; it has fc1 and fc2 of {FIRST}, "
+        for ask in (calibration.counts, calibration.columns, calibration.pooled):
+            with pytest.raises(ConfigError, match=message):
+                ask(node, "fc1")
+        with pytest.raises(ConfigError, match=message):
+            calibration.statistics(node, "fc1", 0)
+    with pytest.raises(ConfigError, match=f"has no {FIRST}/fc3; it has fc1 and fc2 of "):
+        calibration.counts(FIRST, "fc3")
 
 
 @pytest.mark.parametrize(

@@ -615,11 +615,46 @@ def test_a_float_model_that_cannot_run_is_told(tmp_path: Path) -> None:
 
 def test_inputs_that_came_to_nothing_are_told(tmp_path: Path) -> None:
     after = converted(TINY["fp32"], tmp_path / "out", **INT4)
-    report = verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 8), 999)})
+    report = verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 300), 9)})
     assert report.whole_model.startswith("not run, the float model: ")
     assert report.whole_model.endswith(
         "; the nodes were fed with random values, not with the given inputs"
     )
+
+
+def test_an_empty_cache_of_unknown_width_is_left_out(tmp_path: Path) -> None:
+    """As onnxruntime-genai exports them: only the attention knows how wide its heads are."""
+    graph, experts = Graph(), Experts(bias=False)
+    x = graph.input("inputs_embeds", np.float32, ("batch", "length", 128))
+    router = graph.input("router_probs", np.float32, ("length", experts.experts))
+    cache = [
+        graph.input(f"past_key_values.0.{part}", np.float32, ("batch", 2, "past", "width"))
+        for part in ("key", "value")
+    ]
+    length = graph.op("Shape", x, out="length", start=1, end=2)
+    total = graph.op("Cast", length, out="total", to=ir.DataType.INT32)
+    last = graph.op("Sub", total, graph.weight("one", np.ones(1, np.int32)), out="last")
+    attention = ir.node(
+        "GroupQueryAttention",
+        [x, x, x, *cache, last, total],
+        {"num_heads": 2, "kv_num_heads": 2},
+        domain="com.microsoft",
+        num_outputs=3,
+    )
+    for value, name in zip(attention.outputs, ("attended", "key", "value"), strict=True):
+        value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+    attention.outputs[0].shape = x.shape
+    graph.nodes.append(attention)
+    weights = graph.weights(experts.arrays())
+    y = graph.moe(attention.outputs[0], router, weights, k=2, **experts.attributes)
+    before = saved(graph.model(y, *attention.outputs[1:]), tmp_path / "before")
+    report = verify(before, converted(before, tmp_path / "out", **INT4))
+    assert report.whole_model == "ran on random inputs"
+    assert {output.name: output.error for output in report.outputs} == {
+        "y": pytest.approx(0.12, abs=0.08),
+        "key": 0,
+        "value": 0,
+    }
 
 
 def test_an_output_that_is_not_finite_fails(tmp_path: Path) -> None:
@@ -778,6 +813,8 @@ def test_real_models_pass(
         told = [note.startswith("checked with the reference alone") for note in node.notes]
         assert told == ([] if node.execution_error is not None else [True])
         assert (node.execution_error is None) == (REAL[model] == CUDA_ONLY)
+    if bits == 4 and symmetric and REAL[model] != CUDA_ONLY:
+        assert found.whole_model == "ran on random inputs"
 
 
 def test_a_router_that_another_tool_quantized_is_found(shared: Path) -> None:

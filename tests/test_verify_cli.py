@@ -86,6 +86,23 @@ def test_inputs_from_a_file(
     assert {node["inputs"] for node in json.loads(out)["nodes"]} == {"captured"}
 
 
+def test_text_as_it_is(
+    tiny_fp32: Path, after: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same file that calibrate takes, and the same as its first tokens by name."""
+    (tmp_path / "text.bin").write_bytes(b"In the beginning was the Word, and the Word was with God")
+    tokens = np.fromfile(tmp_path / "text.bin", np.uint8)
+    np.savez(tmp_path / "feeds.npz", input_ids=tokens.astype(np.int64)[None, :20])
+    np.save(tmp_path / "tokens.npy", tokens.astype(np.int32))
+    shown = {
+        qmoe(capsys, tiny_fp32, after, "--inputs", tmp_path / name, "--window", 20)
+        for name in ("text.bin", "feeds.npz", "tokens.npy")
+    }
+    ((status, out, err),) = shown
+    assert (status, err) == (0, "")
+    assert "whole model: ran on the given inputs" in out
+
+
 def test_what_was_not_run_is_noted_once(
     tiny_fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +119,7 @@ def test_what_was_not_run_is_noted_once(
 
 BAD_INPUT: list[tuple[list[Any], str]] = [
     (["--inputs", "nothing.npz"], "nothing.npz does not exist"),
-    (["--inputs", __file__], "which should be an .npz"),
+    (["--inputs", "."], "cannot read .: it is a folder; name a file of data"),
     (["--provider", "Other"], "provider='Other'; this build of ONNX Runtime has "),
     (["--tokens", "0"], "tokens=0; it is at least 1"),
 ]

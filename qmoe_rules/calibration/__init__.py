@@ -24,8 +24,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_rules.calibration._run import Run
-from qmoe_rules.calibration._stages import drop_caches, layers_of, stages_of
+from qmoe_rules.calibration._stages import layers_of, stages_of
 from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.feeds import drop_caches, require_feed
 from qmoe_rules.loading import load, locate
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.passes import prepare
@@ -71,15 +72,23 @@ def calibrate(
         SourceError: The model cannot be run, has no MoE, or computes an infinity or a NaN.
         ConfigError: A feed does not fit the model, or there is none.
         SaveError: The destination cannot be written; nothing is there then.
+        TypeError: The feeds are no dictionaries.
 
     Example:
         >>> # calibration = calibrate("model.onnx", [{"input_ids": tokens}], "calibration.st")
         >>> # quantize("model.onnx", "model-int4", method="search", calibration=calibration)
     """
+    if isinstance(feeds, Mapping | str | os.PathLike):
+        raise TypeError(
+            f"feeds are dictionaries of arrays, one per run, not one {type(feeds).__name__}; a "
+            "list of one will do, and feeds.read_feeds reads files"
+        )
     whole = _prepared(model)
     feeds = iter(feeds)
     first = list(itertools.islice(feeds, 1))
-    drop_caches(whole, first[0] if first else ())
+    for feed in first:
+        require_feed(feed)
+        drop_caches(whole, feed)
     layers, left = layers_of(whole)
     for node, reason in left.items():
         logger.warning("%s is not calibrated: %s", node, reason)

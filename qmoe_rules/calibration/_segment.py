@@ -6,6 +6,7 @@ numpy has no such type, and the statistics only gain.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +27,9 @@ __all__ = ["Segment"]
 Array = npt.NDArray[Any]
 
 _WIDENED = {"to", "dtype", "output_dtype", "stash_type"}
+_LOOKUP = re.compile(
+    r"Name:'([^']*)' .*out of data bounds, idx=(-?\d+) must be within .* range \[-?\d+,(-?\d+)\]"
+)
 _SILENT = 4  # ONNX Runtime's errors come as exceptions too
 
 
@@ -114,8 +118,15 @@ def _session(model: ir.Model, path: Path, providers: Sequence[str]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the line of ONNX Runtime's message that says what is wrong."""
-    return " ".join(str(error).split())
+    """Returns what ONNX Runtime says, in one line, without the number of its status."""
+    text = " ".join(str(error).split())
+    if found := _LOOKUP.search(text):
+        node, row, last = found.groups()
+        return (
+            f"node {node!r} looks up row {row} of a table of {int(last) + 1}; is a feed longer "
+            "than the model allows, or of another type or tokenizer?"
+        )
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
 
 
 def _widen(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from qmoe_rules import ops
 from qmoe_rules.calibration._experts import Layer
 from qmoe_rules.errors import SourceError
 
-__all__ = ["Stage", "drop_caches", "layers_of", "stages_of"]
+__all__ = ["Stage", "layers_of", "stages_of"]
 
 _Depths = dict[ir.Value, int | None]
 """How many layers lie one behind the other before a value; None for constants."""
@@ -108,27 +108,6 @@ def stages_of(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
         stages.append(Stage(tuple(by_stage[index]), inputs, outputs, kept))
         kept |= {str(value.name) for value in (*seen, *inputs)} - {str(v.name) for v in outputs}
     return stages[::-1]
-
-
-def drop_caches(model: ir.Model, given: Iterable[str]) -> None:
-    """Removes, in place, the empty caches of attention nodes that may do without them.
-
-    Their sizes are not always known, and a cache of another size than the node's is refused.
-
-    Args:
-        model: The model.
-        given: The inputs that the feeds have.
-    """
-    absent = [value for value in model.graph.inputs if value.name not in set(given)]
-    for value in absent:
-        uses = list(value.uses())
-        if not all(use.node.op_type == "GroupQueryAttention" and use.idx in (3, 4) for use in uses):
-            continue
-        for node, index in uses:
-            node.replace_input_with(index, None)
-            node.attributes.pop("sliding_window_cache", None)  # how a cache is kept that is gone
-        if uses:
-            model.graph.inputs.remove(value)
 
 
 def _want(

@@ -15,9 +15,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from qmoe_rules.cli._commands import parser
-from qmoe_rules.cli._printing import plain
+from qmoe_rules.cli._later import import_later
 from qmoe_rules.errors import QMoEError, UnsupportedNodeError
+
+import_later()  # before anything below imports onnx-ir
+
+from qmoe_rules.cli._commands import parser  # noqa: E402
+from qmoe_rules.cli._printing import message_line, tell  # noqa: E402
 
 __all__ = ["main", "parser"]
 
@@ -71,7 +75,7 @@ def _logging() -> Iterator[None]:
 
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _line(record.getMessage())
+        return message_line(record.getMessage())
 
 
 def _abandon_stdout() -> None:
@@ -81,12 +85,8 @@ def _abandon_stdout() -> None:
 
 
 def _fail(error: object, status: int) -> int:
-    sys.stderr.write(f"{_line(error)}\n")
+    tell(error)
     return status
-
-
-def _line(message: object) -> str:
-    return f"qmoe: {plain(' '.join(str(message).split()))}"
 
 
 @contextlib.contextmanager

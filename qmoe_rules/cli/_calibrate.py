@@ -8,22 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qmoe_rules.calibration import calibrate
+from qmoe_rules.cli._options import DATA, add_data_options, positive_number
 from qmoe_rules.cli._printing import cell, print_json, show
-from qmoe_rules.feeds import TOKEN_DTYPES, inputs_of, read_feeds
+from qmoe_rules.feeds import inputs_of, read_feeds
 from qmoe_rules.loading import load, locate
 from qmoe_rules.statistics import PROJECTIONS, Calibration
 
 __all__ = ["add"]
 
 _TEXT = "run a float model on data and keep what its experts see, for the methods that lose less"
-_DATA = (
-    "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
-    ".safetensors by input name"
-)
 
 
 def add(commands: Any) -> None:
@@ -33,16 +28,14 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(run=_calibrate)
     command.add_argument("model", metavar="MODEL", help="an .onnx file, or a folder that holds one")
-    command.add_argument("data", metavar="DATA", help=_DATA)
+    command.add_argument("data", metavar="DATA", help=DATA)
     command.add_argument("destination", metavar="OUT", help="the file to write")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument("--hessian", action="store_true", help="collect Hessians too")
-    command.add_argument(
-        "--window", type=int, default=256, metavar="N", help="tokens per run (default: 256)"
-    )
+    add_data_options(command, "tokens per run")
     command.add_argument(
         "--windows",
-        type=int,
+        type=positive_number,
         default=128,
         metavar="M",
         help="how many runs at most, evenly spaced over the data (default: 128)",
@@ -53,13 +46,6 @@ def add(commands: Any) -> None:
         help="which input data without names are for (default: input_ids)",
     )
     command.add_argument(
-        "--dtype",
-        default="uint8",
-        choices=TOKEN_DTYPES,
-        metavar="{" + ",".join(TOKEN_DTYPES) + "}",
-        help="the numbers in a raw file (default: uint8)",
-    )
-    command.add_argument(
         "--no-resume",
         action="store_true",
         help="begin anew, whatever an interrupted run has left beside OUT",
@@ -67,6 +53,8 @@ def add(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    from qmoe_rules.calibration import calibrate
+
     model = load(locate(arguments.model).model)
     feeds = read_feeds(
         arguments.data,
@@ -105,6 +93,14 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal:
         yield None
         return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("calibrating", total=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -16,12 +17,14 @@ from qmoe_rules.cli._options import (
     recipe_of,
     save_options_of,
 )
+from qmoe_rules.cli._parser import Parser
 from qmoe_rules.cli._printing import (
     inspection_table,
     print_json,
     print_report,
     progress_bar,
     show,
+    tell,
     verdicts,
 )
 from qmoe_rules.inspection import inspect
@@ -29,14 +32,14 @@ from qmoe_rules.kernels import GARBAGE
 from qmoe_rules.pages import report_page, write_page
 from qmoe_rules.pipeline import plan, quantize
 from qmoe_rules.providers import TARGETS
-from qmoe_rules.report import Report
+from qmoe_rules.report import CONVERTED, SKIPPED, Report
 
 __all__ = ["parser"]
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser; the parsed arguments have the command's function as `run`."""
-    command_line = argparse.ArgumentParser(
+    command_line = Parser(
         prog="qmoe",
         description="Quantize the experts of Mixture-of-Experts ONNX models.",
         epilog="exit status: 0 done, 1 a check failed, 2 bad input or usage",
@@ -106,7 +109,21 @@ def _quantize(arguments: argparse.Namespace) -> int:
         )
     print_report(report, arguments.json)
     _save_page(report, arguments, destination=arguments.destination)
+    if not report.count(CONVERTED):
+        tell(f"nothing was converted, {arguments.destination} is a copy: {_why_nothing(report)}")
     return 0
+
+
+def _why_nothing(report: Report) -> str:
+    """Returns the reason of most nodes, which says what would mend it where anything would."""
+    skipped = Counter(row.reason for row in report.rows if row.status == SKIPPED)
+    reasons = skipped or Counter(row.reason for row in report.rows)
+    found = "there is no com.microsoft::MoE node, nor experts that can be fused to one"
+    if reasons:
+        ((reason, count),) = reasons.most_common(1)
+        found = f"{reason} ({count} of {len(report.rows)} nodes)"
+    fails = skipped or not reasons
+    return f"{found}; --fail-if-skipped makes that an error" if fails else found
 
 
 def _save_page(report: Report, arguments: argparse.Namespace, destination: str = "") -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qmoe_rules.errors import SaveError
+from qmoe_rules.feeds import TOKEN_DTYPES
 from qmoe_rules.options import OPTIONS
 from qmoe_rules.pages import check_page
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.sizes import parse_bytes
 
 __all__ = [
+    "DATA",
+    "add_data_options",
     "add_html_option",
     "add_recipe_options",
     "add_save_options",
@@ -23,6 +27,12 @@ __all__ = [
     "recipe_of",
     "save_options_of",
 ]
+
+DATA = (
+    "tokens as raw numbers, one axis of a .npy, or arrays of samples: .npy, or .npz and "
+    ".safetensors by input name"
+)
+"""What a file of data may be, in words."""
 
 _RENAMED = {"nodes_to_exclude": "--exclude", "overrides": "--override"}
 
@@ -54,6 +64,20 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return Recipe.of(**{option.name: getattr(arguments, option.name) for option in OPTIONS})
 
 
+def add_data_options(command: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options of how a file of tokens is read, with what a window is."""
+    command.add_argument(
+        "--window", type=positive_number, default=256, metavar="N", help=f"{what} (default: 256)"
+    )
+    command.add_argument(
+        "--dtype",
+        default="uint8",
+        choices=TOKEN_DTYPES,
+        metavar="{" + ",".join(TOKEN_DTYPES) + "}",
+        help="the numbers in a raw file of tokens (default: uint8)",
+    )
+
+
 def add_html_option(command: argparse.ArgumentParser, text: str) -> None:
     """Adds `--html`, with what it says."""
     command.add_argument("--html", type=page_file, metavar="FILE", help=text)
@@ -71,7 +95,7 @@ def add_save_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dask",
         metavar="ADDRESS",
-        help="let the Dask cluster of this scheduler compute; its workers see the same folders",
+        help="let the Dask cluster of this scheduler compute; its workers see the same files",
     )
     group.add_argument(
         "--max-shard-size",
@@ -106,10 +130,9 @@ def save_options_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def positive_number(text: str) -> int:
     """Returns the number that a text spells."""
-    number = int(text)
-    if number < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return int(text)
 
 
 def page_file(text: str) -> str:

@@ -8,10 +8,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,14 +18,19 @@ from qmoe_rules.inspection import NodeSummary
 from qmoe_rules.kernels import RIGHT
 from qmoe_rules.report import CONVERTED, SKIPPED, Report, Row, human_bytes
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 __all__ = [
     "cell",
     "inspection_table",
+    "message_line",
     "plain",
     "print_json",
     "print_report",
     "progress_bar",
     "show",
+    "tell",
     "verdicts",
 ]
 
@@ -47,6 +51,16 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def message_line(message: object) -> str:
+    """Returns a message as one line that says who it is from."""
+    return f"qmoe: {plain(' '.join(str(message).split()))}"
+
+
+def tell(message: object) -> None:
+    """Writes a message to standard error."""
+    sys.stderr.write(f"{message_line(message)}\n")
+
+
 def cell(text: str) -> Text:
     """Returns the same as a cell of a table."""
     return Text(plain(text))
@@ -56,6 +70,8 @@ def progress_bar() -> AbstractContextManager[Progress | None]:
     console = Console(stderr=True)
     if not console.is_terminal:
         return nullcontext()
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 

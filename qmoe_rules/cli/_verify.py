@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 
-from qmoe_rules.cli._options import add_html_option
+from qmoe_rules.cli._options import DATA, add_data_options, add_html_option
 from qmoe_rules.cli._printing import cell, print_json, show
-from qmoe_rules.errors import SourceError
+from qmoe_rules.feeds import Feed, inputs_of, read_inputs
+from qmoe_rules.loading import load, locate
 from qmoe_rules.pages import verification_page, write_page
 from qmoe_rules.stored import STORED_LAYOUTS
-from qmoe_rules.verification import (
-    NodeResult,
-    OutputResult,
-    ProjectionResult,
-    VerificationReport,
-    verify,
-)
+
+if TYPE_CHECKING:
+    from qmoe_rules.verification import (
+        NodeResult,
+        OutputResult,
+        ProjectionResult,
+        VerificationReport,
+    )
 
 __all__ = ["add"]
 
@@ -38,8 +38,9 @@ def add(commands: Any) -> None:
     command.add_argument("after", metavar="AFTER", help=f"the converted model: {_MODEL}")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument(
-        "--inputs", metavar="FILE", help="an .npz of the model's inputs by name (default: random)"
+        "--inputs", metavar="FILE", help=f"what to run both models on: {DATA} (default: random)"
     )
+    add_data_options(command, "tokens of a file to run on")
     command.add_argument(
         "--provider",
         default="CPUExecutionProvider",
@@ -72,10 +73,12 @@ def add(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from qmoe_rules.verification import verify
+
     report = verify(
         arguments.before,
         arguments.after,
-        inputs=None if arguments.inputs is None else _arrays(arguments.inputs),
+        inputs=None if arguments.inputs is None else _inputs(arguments),
         seed=arguments.seed,
         tokens=arguments.tokens,
         provider=arguments.provider,
@@ -92,14 +95,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     return int(not report.passed)
 
 
-def _arrays(path: str) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist") from None
-    except Exception as error:  # of many types, depending on what the file is instead
-        raise SourceError(f"cannot read {path}, which should be an .npz: {error}") from error
+def _inputs(arguments: argparse.Namespace) -> Feed:
+    needed = inputs_of(load(locate(arguments.before).model))
+    return read_inputs(arguments.inputs, needed, dtype=arguments.dtype, window=arguments.window)
 
 
 def _table(nodes: tuple[NodeResult, ...]) -> Table:

@@ -20,10 +20,11 @@ from qmoe_rules.pages import _figures as figures
 from qmoe_rules.recipe import MOST_BITS, Recipe
 from qmoe_rules.report import Report, human_bytes
 from qmoe_rules.staging import naming_errors, resolved
-from qmoe_rules.verification import VerificationReport
 
 if TYPE_CHECKING:
     import jinja2
+
+    from qmoe_rules.verification import VerificationReport
 
 __all__ = ["check_page", "report_page", "verification_page", "write_page"]
 
@@ -101,6 +102,9 @@ def check_page(path: str | os.PathLike[str]) -> None:
         raise SaveError(f"cannot write the page {file}: its name has to end in .html")
     if file.is_dir():
         raise SaveError(f"cannot write the page {file}: it is a folder")
+    folder = next(folder for folder in file.parents if folder.exists())
+    with naming_errors(file):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_page(page: str, path: str | os.PathLike[str]) -> None:

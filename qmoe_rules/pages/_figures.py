@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qmoe_rules.report import CONVERTED, Report, Row
-from qmoe_rules.verification import NodeResult, VerificationReport
+
+if TYPE_CHECKING:
+    from qmoe_rules.verification import NodeResult, VerificationReport
 
 __all__ = [
     "SHADES",

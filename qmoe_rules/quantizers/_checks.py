@@ -11,6 +11,11 @@ from qmoe_rules.statistics import Statistics
 
 __all__ = ["check", "check_statistics", "finite_float32", "not_finite"]
 
+# Numbers of a Hessian that are looked at in one go.
+_BLOCK = 1 << 20
+# By how much sums in float32 may be off.
+_ROUNDING = np.float32(1.001)
+
 
 def check(weight: npt.NDArray[np.generic], spec: Spec) -> None:
     """Raises ValueError where `spec` cannot hold a weight of this type and shape."""
@@ -50,5 +55,26 @@ def check_statistics(statistics: Statistics | None, columns: int) -> None:
             raise ValueError(f"{name} holds an infinity or a NaN")
     if (statistics.mean_square < 0).any():
         raise ValueError("mean_square is negative somewhere")
-    if statistics.hessian is not None and (np.diagonal(statistics.hessian) < 0).any():
+    if statistics.hessian is not None:
+        _check_moments(statistics.hessian)
+
+
+def _check_moments(hessian: npt.NDArray[np.float32]) -> None:
+    """Raises ValueError where no rows x have these [K, K] means of x x^T."""
+    diagonal = np.diagonal(hessian)
+    if (diagonal < 0).any():
         raise ValueError("hessian is negative somewhere on its diagonal")
+    # Of numbers that are too small for their squares the diagonal knows nothing.
+    roots = np.sqrt(diagonal + np.finfo(np.float32).tiny)
+    step = max(_BLOCK // len(roots), 1)
+    with np.errstate(over="ignore"):
+        for first in range(0, len(roots), step):
+            rows = slice(first, first + step)
+            excess = np.abs(hessian[rows]) - _ROUNDING * roots[rows, None] * roots
+            if (excess > 0).any():
+                row, column = np.unravel_index(int(excess.argmax()), excess.shape)
+                row, found = first + row, hessian[first + row, column]
+                raise ValueError(
+                    f"hessian[{row}, {column}] is {found:.3g}, more than its diagonal allows, "
+                    f"{diagonal[row]:.3g} and {diagonal[column]:.3g}: no inputs have such moments"
+                )

@@ -42,7 +42,7 @@ def fuse_experts_rules(*, report: Report | None = None, target: str = "portable"
     """
     if target not in TARGETS:
         raise ConfigError(f"target={target!r}; choose one of {', '.join(TARGETS)}")
-    report = Report() if report is None else report
+    report = Report.of(report)
     return RewriteRuleSet(
         [
             FuseDenseExperts.rule(report),  # type: ignore[no-untyped-call]

@@ -63,7 +63,7 @@ def moe_to_qmoe_rules(
             f"budget={recipe.budget!r} with a rule, which sees one node at a time; plan, quantize "
             "and QuantizeMoEPass see them all"
         )
-    rule = MoEToQMoE.rule(recipe, Report() if report is None else report)  # type: ignore[no-untyped-call]
+    rule = MoEToQMoE.rule(recipe, Report.of(report))  # type: ignore[no-untyped-call]
     return RewriteRuleSet([rule])
 
 

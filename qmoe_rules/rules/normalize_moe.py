@@ -56,7 +56,7 @@ def normalize_moe_rules(*, report: Report | None = None) -> RewriteRuleSet:
         >>> rules = [*normalize_moe_rules(), *moe_to_qmoe_rules(bits=4)]
         >>> # quantized = rewriter.rewrite(model, rules)
     """
-    report = Report() if report is None else report
+    report = Report.of(report)
     return RewriteRuleSet([NormalizeMoE.rule(report)])  # type: ignore[no-untyped-call]
 
 

@@ -48,7 +48,7 @@ def qmoe_to_moe_rules(
         >>> rules = qmoe_to_moe_rules(source_layout="cutlass_sm80")
         >>> # in_float = rewriter.rewrite(model, rules)
     """
-    report = Report() if report is None else report
+    report = Report.of(report)
     return RewriteRuleSet([QMoEToMoE.rule(source_layout, report)])  # type: ignore[no-untyped-call]
 
 

@@ -46,7 +46,7 @@ def relayout_qmoe_rules(
         >>> rules = relayout_qmoe_rules("raw", source_layout="cutlass_sm80")
         >>> # portable = rewriter.rewrite(model, rules)
     """
-    report = Report() if report is None else report
+    report = Report.of(report)
     return RewriteRuleSet([RelayoutQMoE.rule(layout, source_layout, report)])  # type: ignore[no-untyped-call]
 
 

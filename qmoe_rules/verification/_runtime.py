@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 
 from qmoe_rules.errors import ConfigError
+from qmoe_rules.feeds import drop_caches
+from qmoe_rules.loading import load
 
 __all__ = ["RunError", "check_provider", "run", "run_file"]
 
@@ -21,7 +23,7 @@ Array = npt.NDArray[Any]
 # Where a model that comes as bytes has its external data.
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
-_EXTRA, _FLOAT = "qmoe_rules.verification/", onnx.TensorProto.FLOAT
+_EXTRA = "qmoe_rules.verification/"
 
 _LONGEST = 300  # characters of a message
 
@@ -89,19 +91,27 @@ def run_file(
 
     Args:
         path: The .onnx file.
-        feeds: Its inputs by name.
+        feeds: Its inputs by name; attention does without caches that are empty.
         provider: The execution provider; the CPU provider runs what it does not take.
         extra: Names of intermediate values of its graph, which are returned too, in float32.
 
     Raises:
         RunError: The model was not loaded, or did not run.
     """
-    proto = onnx.load(path, load_external_data=False)
+    model = load(path)
+    drop_caches(model, (name for name, array in feeds.items() if array.size))
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     wanted = {f"{_EXTRA}{name}": name for name in extra}
     for output, name in wanted.items():
-        proto.graph.node.append(onnx.helper.make_node("Cast", [name], [output], to=_FLOAT))
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(output, _FLOAT, None))
-    found = run(proto.SerializeToString(), path.parent, feeds, provider, fall_back=True)
+        wide = ir.val(output, ir.DataType.FLOAT)
+        model.graph.append(
+            ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT}, outputs=[wide])
+        )
+        model.graph.outputs.append(wide)
+    names = {str(value.name) for value in model.graph.inputs}
+    given = {name: array for name, array in feeds.items() if name in names}
+    proto = ir.to_proto(model).SerializeToString()
+    found = run(proto, path.parent, given, provider, fall_back=True)
     return {wanted.get(name, name): array for name, array in found.items()}
 
 

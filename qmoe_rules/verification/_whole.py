@@ -47,6 +47,7 @@ def given_feeds(model: ir.Model, inputs: Mapping[str, npt.ArrayLike]) -> Arrays:
 
     Raises:
         ConfigError: Some are missing or unknown, or have another type or shape.
+        TypeError: They are no dictionary.
         SourceError: The model has inputs that are no numbers.
     """
     needed = inputs_of(model)
