@@ -51,26 +51,21 @@ class Contender:
         what: Format, block size and layout.
         run: Quantizes one expert, or several.
         experts: How many of the experts it is given; the slow ones get one.
-        threads: Threads over the experts.
+        pool: Threads over the experts: those that a save keeps from its first slab to its last.
     """
 
     who: str
     what: str
     run: Callable[[Weight], object]
     experts: int | None = None
-    threads: int = 1
+    pool: ThreadPoolExecutor | None = None
 
     def seconds(self, weights: Weight, clock: Callable[[], float]) -> float:
         """Returns how long one expert takes."""
         own = weights[: self.experts]
         start = clock()
-        if self.threads > 1:
-            with ThreadPoolExecutor(self.threads) as pool:
-                for _ in pool.map(self.run, own):
-                    pass
-        else:
-            for weight in own:
-                self.run(weight)
+        for _ in (self.pool.map if self.pool else map)(self.run, own):
+            pass
         return (clock() - start) / len(own)
 
 
@@ -97,10 +92,11 @@ def ours(quick: bool) -> Iterator[Contender]:
     """Yields the compiled engine at everything, and in two threads at what is asked for most."""
     for spec, layout in specs(quick):
         yield Contender(OURS, f"{spec}, {layout}", _stored(spec, layout))
+    pool = ThreadPoolExecutor(2)
     for layout in ("raw", "cutlass_sm80"):
         spec = Spec(FORMATS["int4"], 32)
         run = _stored(spec, layout)
-        yield Contender(f"{OURS}, 2 threads", f"{spec}, {layout}", run, threads=2)
+        yield Contender(f"{OURS}, 2 threads", f"{spec}, {layout}", run, pool=pool)
 
 
 def _stored(spec: Spec, layout: str) -> Callable[[Weight], object]:
@@ -233,7 +229,7 @@ def main() -> None:
     )
     everyone, absent = contenders(arguments.quick, shape)
     if arguments.cpu:
-        everyone = [each for each in everyone if each.threads == 1]
+        everyone = [each for each in everyone if each.pool is None]
     clock = time.process_time if arguments.cpu else time.perf_counter
     seconds = measure(everyone, weights, arguments.repeats, clock)
 
@@ -244,7 +240,7 @@ def main() -> None:
     for each, s in zip(everyone, seconds, strict=True):
         other = each.who != OURS and each.what in own
         faster = f"{s / own[each.what]:.1f}x" if other else ""
-        if each.threads > 1:
+        if each.pool:
             faster = f"{own[each.what] / s:.2f}x of one thread's speed"
         speed, ratio = weights[0].nbytes / s / 1e9, seconds[0] / s
         table.add_row(each.who, each.what, f"{speed:.2f}", f"{ratio:.3f}", faster)

@@ -276,11 +276,11 @@ def main() -> None:
         for result in itertools.chain(same, *budgets):
             print(row(result), flush=True)
             results.append(result)
-        seconds[subject.name] = round(time.perf_counter() - start)
-    facts = {**machine(), "windows": subject.count, "seconds": seconds}
-    if arguments.json:
-        found = [asdict(result) for result in results]
-        arguments.json.write_text(json.dumps({**facts, "results": found}, indent=1))
+            seconds[subject.name] = round(time.perf_counter() - start)
+            facts = {**machine(), "windows": subject.count, "seconds": seconds}
+            if arguments.json:  # at once: the next one may take long
+                found = [asdict(result) for result in results]
+                arguments.json.write_text(json.dumps({**facts, "results": found}, indent=1))
 
 
 if __name__ == "__main__":
