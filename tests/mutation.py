@@ -26,8 +26,10 @@ BUILD = ROOT / "build" / "mutation"
 COPIED = ("docs", "qmoe_rules", "tests", "README.md")
 
 # What mutmut writes down of a mutant: the exit status of its tests, or a number of its own.
-STATUSES = {0: "survived", 33: "no test", 36: "timeout", -24: "timeout", 37: "types"}
-COLUMNS = ("killed", "types", "timeout", "no test", "survived")
+STATUSES = {
+    None: "not tried", 0: "survived", 33: "no test", 36: "timeout", -24: "timeout", 37: "types"
+}  # fmt: skip
+COLUMNS = ("killed", "types", "timeout", "no test", "survived", "not tried")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
