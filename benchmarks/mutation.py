@@ -1,9 +1,9 @@
 """The mutation lane: does a test fail when the code says something else?
 
-`python -m tests.mutation [MODULE...]` runs mutmut over the modules that pyproject.toml names in
-`[tool.mutmut.modules]`, each with the tests of its room and in a copy of the project of its own
-under build/mutation, and prints a row for each. What a finished run found stands: the next one tries
-what has changed and what has survived. docs/mutation.md has the results.
+`python -m benchmarks.mutation [MODULE...]` runs mutmut over the modules that pyproject.toml names
+in `[tool.mutmut.modules]`, each with its own tests and in its own copy of the project, which lies
+under build/mutation. It prints a row for each module, and what has survived. What a run found
+stands: the next one tries what has changed since, and what has survived. docs/mutation.md tells more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = ("killed", "types", "timeout", "no test", "survived", "not tried")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the lane and prints a row per module, and the survivors."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutation", description=__doc__)
     parser.add_argument("modules", nargs="*", help="such as layouts or rules/_mlp; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--report", action="store_true", help="only print what was found before")
