@@ -3,7 +3,7 @@
 `python -m benchmarks.mutation [MODULE...]` runs mutmut over the modules that pyproject.toml names
 in `[tool.mutmut.modules]`, each with its own tests and in its own copy of the project, which lies
 under build/mutation. It prints a row for each module, and what has survived. What a run found
-stands: the next one tries what has changed since, and what has survived. docs/mutation.md tells more.
+stands: the next one tries what has changed since, and what has survived. See docs/mutation.md.
 """
 
 from __future__ import annotations
