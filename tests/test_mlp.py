@@ -81,13 +81,13 @@ def gated(b: Block, gate: ir.Value, up: ir.Value) -> ir.Value:
 
 
 def unary_silu(b: Block, op_type: str) -> ir.Value:
-    """gate * op(gate), which is silu where the operator is Sigmoid."""
+    """Returns gate * op(gate), which is silu where the operator is Sigmoid."""
     gate = b.map("gate")
     return b.op("Mul", gate, b.op(op_type, gate))
 
 
 def sigmoid_of(b: Block, op_type: str, *others: ir.Value) -> ir.Value:
-    """gate * sigmoid(op(gate, ...)), or of others alone."""
+    """Returns gate * sigmoid(op(gate, ...)), or that of the others."""
     gate = b.map("gate")
     return b.op("Mul", gate, b.op("Sigmoid", b.op(op_type, *(others or (gate, b.number(1.702))))))
 
