@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import last_size, number, producer, rank, scalar
+from qmoe_rules.rules._facts import is_last_axis, last_size, number, producer, rank, scalar
 
 __all__ = ["ALL", "EVEN", "FIRST_HALF", "MLP", "ODD", "SECOND_HALF", "Linear", "match_mlp"]
 
@@ -296,8 +296,7 @@ def _columns(node: ir.Node, value: ir.Value) -> str | None:
 
 
 def _columns_of_split(node: ir.Node, value: ir.Value) -> str | None:
-    rank = len(value.shape) if value.shape is not None else 0
-    if node.attributes.get_int("axis", 0) not in (-1, rank - 1) or len(node.outputs) != 2:
+    if not is_last_axis(node, value, default=0) or len(node.outputs) != 2:
         return None
     sizes = node.inputs[1] if len(node.inputs) > 1 else None
     tensor = None if sizes is None else ir.convenience.get_const_tensor(sizes)
