@@ -113,6 +113,15 @@ def test_nodes_are_found_in_graphs_bodies_and_functions() -> None:
     model = graph.model(y, functions=[function])
     assert [node.name for node in ops.nodes(model, "MoE", "QMoE")] == ["main", "body", "function"]
     assert list(ops.nodes(model, "QMoE")) == []
+    found = [ops.in_function(model, node) for node in ops.nodes(model, "MoE")]
+    assert found == [False, False, True]
+
+
+def test_the_producer_of_a_value() -> None:
+    node = ir.node("MoE", [ir.val("x")], domain=ops.DOMAIN)
+    assert ops.producer(node.outputs[0]) is node
+    with pytest.raises(AssertionError, match="x has no producer"):
+        ops.producer(ir.val("x"))
 
 
 @pytest.mark.parametrize(
