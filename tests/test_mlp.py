@@ -239,7 +239,7 @@ def split(b: Block, *sizes: ir.Value, rank: int | None = 3, **attributes: int) -
     node = ir.node("Split", [b.map("fused"), *sizes], attributes, num_outputs=outputs)
     for number, output in enumerate(node.outputs):
         output.name = f"part{number}"
-        output.shape = None if rank is None else ir.Shape(["b", "s", 8][3 - rank :])
+        output.shape = None if rank is None else ir.Shape(("b", "s", 8)[3 - rank :])
     b.graph.nodes.append(node)
     return node.outputs[0]
 
@@ -284,7 +284,7 @@ def sliced(
     fused.shape = ir.Shape(["b", "s", width])
     values = [each if isinstance(each, ir.Value) else b.constant([each]) for each in bounds]
     out = b.op("Slice", fused, *values)
-    out.shape = None if rank is None else ir.Shape(["b", "s", 8][3 - rank :])
+    out.shape = None if rank is None else ir.Shape(("b", "s", 8)[3 - rank :])
     return out
 
 

@@ -170,7 +170,7 @@ def ranked(b: Router, value: ir.Value, axis: int, rank: int | None) -> ir.Value:
     node = indices.producer()
     assert node is not None
     node.attributes["axis"] = ir.AttrInt64("axis", axis)
-    indices.shape = None if rank is None else ir.Shape(["tokens", K][2 - rank :])
+    indices.shape = None if rank is None else ir.Shape(("tokens", K)[2 - rank :])
     return indices
 
 
@@ -249,7 +249,8 @@ def test_choices_among_different_numbers_of_experts() -> None:
 def test_tokens_that_are_not_those_of_the_hidden_states(missing: str) -> None:
     router = Router()
     other = router.graph.input("other", np.float32, ("others", EXPERTS))
-    right, wrong = {}, {}
+    right: dict[str, ir.Value] = {}
+    wrong: dict[str, ir.Value] = {}
     for found, scores, tokens in ((right, router.scores, "tokens"), (wrong, other, "others")):
         found["indices"] = router.chosen(scores)
         found["weights"] = router.op("Sigmoid", router.gathered(scores, found["indices"], axis=-1))
