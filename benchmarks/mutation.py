@@ -78,20 +78,33 @@ def _run(module: str, tests: Sequence[str], config: str, jobs: int) -> None:
     command = [str(scripts / "mutmut"), "run", "--max-children", str(jobs)]
     environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)  # which would hide the copy
-    survivors = [name for name, status in _results(module).items() if status == "survived"]
+    _forget(module)
     subprocess.run(command, cwd=folder, env=environment, check=True)
-    if survivors:
-        again = [name for name in _results(module) if name in survivors]
-        subprocess.run([*command, *again], cwd=folder, env=environment, check=True)
+
+
+def _forget(module: str) -> None:
+    """Has mutmut try again what survived, and look anew which tests come by which function."""
+    path = _meta(module)
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for name, status in _results(module).items():
+            if status not in ("killed", "types"):
+                data["exit_code_by_key"][name] = None
+        path.write_text(json.dumps(data), encoding="utf-8")
+    (_folder(module) / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
 
 
 def _folder(module: str) -> Path:
     return BUILD / module.replace("/", ".")
 
 
+def _meta(module: str) -> Path:
+    return _folder(module) / "mutants" / "qmoe_rules" / f"{module}.py.meta"
+
+
 def _results(module: str) -> dict[str, str]:
     """Returns what became of every mutant of a module, by mutmut's name for it."""
-    path = _folder(module) / "mutants" / "qmoe_rules" / f"{module}.py.meta"
+    path = _meta(module)
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]

@@ -252,6 +252,7 @@ def split(b: Block, *sizes: ir.Value, rank: int | None = 3, **attributes: int) -
         (lambda b: split(b, axis=1), False),
         (lambda b: split(b, axis=-2), False),
         (lambda b: split(b), False),  # along the first axis
+        (lambda b: split(b, rank=2), False),
         (lambda b: split(b, rank=None), False),
         (lambda b: split(b, axis=2, rank=None), False),
         (lambda b: split(b, axis=-1, outputs=3), False),
