@@ -208,6 +208,21 @@ def test_a_discarded_constant_takes_along_what_only_it_used() -> None:
     assert list(model.graph.initializers) == ["shared"]
 
 
+def test_everything_behind_a_discarded_value_is_looked_at() -> None:
+    """Behind both operands, and also after one that stays: used, returned, or given."""
+    graph = Graph()
+    own, other, kept, returned = (
+        graph.weight(name, np.zeros(2, np.float32)) for name in ("own", "other", "kept", "returned")
+    )
+    given = graph.weight("given", np.zeros(2, np.float32), "overridable")
+    left, right = graph.op("Neg", own, out="left"), graph.op("Neg", other, out="right")
+    unused = graph.op("Sum", left, right, given, returned, kept, out="unused")
+    model = graph.model(graph.op("Abs", kept, out="y", like=kept), returned)
+    ops.discard(unused)
+    assert [node.outputs[0].name for node in model.graph] == ["y"]
+    assert set(model.graph.initializers) == {"kept", "returned", "given"}
+
+
 def test_a_node_with_another_output_in_use_is_not_discarded() -> None:
     graph = Graph()
     node = ir.node("Split", [graph.weight("w", np.zeros(4, np.float32))], num_outputs=3)
