@@ -168,8 +168,8 @@ def inputs(node: ir.Node) -> dict[str, ir.Value | None]:
     A value with an empty name means a missing input, as it does in the file.
     """
     given = [None if value is None or value.name == "" else value for value in node.inputs]
-    names = _INPUTS[node.op_type]
-    return dict(zip(names, given + [None] * (len(names) - len(given)), strict=False))
+    padded = itertools.chain(given, itertools.repeat(None))
+    return dict(zip(_INPUTS[node.op_type], padded, strict=False))
 
 
 def projections(given: Mapping[str, ir.Value | None]) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ def test_values_go_to_the_nearest_code_and_ties_to_the_even_one(format: Format) 
     meant = np.sort([meaning(code, format) for code in finite_codes(format)])
     middles = (meant[1:] + meant[:-1]) / 2  # exact in float32, as the neighbours are
     near = [np.nextafter(middles.astype(np.float32), np.float32(way)) for way in (-1e9, 1e9)]
-    far = [np.array([-1e9, 1e9, 2 * meant[0], 2 * meant[-1]])]
+    far = [np.array([-1e9, 1e9, -1.0, 2 * meant[0], 2 * meant[-1]])]
     values = np.concatenate([meant, middles, *near, *far]).astype(np.float32)
     expected = nearest_codes(values.astype(np.float64), format)
     np.testing.assert_array_equal(format.encode(values), expected)
@@ -243,6 +243,15 @@ def test_every_byte_holds_its_own_codes(bits: int) -> None:
     digits = [[byte >> shift & (2**bits - 1) for shift in range(0, 8, bits)] for byte in range(256)]
     assert codes.tolist() == digits
     np.testing.assert_array_equal(pack(codes, bits), every_byte)
+
+
+@pytest.mark.parametrize(
+    ("packed", "codes"),
+    [([0b11_010_001], [1, 2]), ([0b11_010_001, 0b1_101_000_1], [1, 2, 7, 0, 5])],
+)
+def test_bits_that_fill_no_code_are_left_out(packed: list[int], codes: list[int]) -> None:
+    """As at the end of a row of 3-bit zero points."""
+    assert unpack(np.array(packed, np.uint8), 3).tolist() == codes
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -80,7 +80,20 @@ def gated(b: Block, gate: ir.Value, up: ir.Value) -> ir.Value:
     return b.op("Mul", gate, up)
 
 
+def unary_silu(b: Block, op_type: str) -> ir.Value:
+    """Returns gate * op(gate), which is silu where the operator is Sigmoid."""
+    gate = b.map("gate")
+    return b.op("Mul", gate, b.op(op_type, gate))
+
+
+def sigmoid_of(b: Block, op_type: str, *others: ir.Value) -> ir.Value:
+    """Returns gate * sigmoid(op(gate, ...)), or that of the others."""
+    gate = b.map("gate")
+    return b.op("Mul", gate, b.op("Sigmoid", b.op(op_type, *(others or (gate, b.number(1.702))))))
+
+
 SWIGLU = ("swiglu", 1.0, 0.0, None)
+CLAMPED = ("swiglu", 1.0, 0.0, 7.0)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -120,7 +133,29 @@ SWIGLU = ("swiglu", 1.0, 0.0, None)
             lambda b: gated(
                 b, b.silu(b.clip(b.map("gate"), None, 7.0)), b.clip(b.map("up"), -7.0, 7.0)
             ),
-            ("swiglu", 1.0, 0.0, 7.0),
+            CLAMPED,
+        ),
+        (
+            lambda b: gated(
+                b,
+                b.silu(b.op("Min", b.number(7.0), b.map("gate"))),
+                b.clip(b.map("up"), -7.0, 7.0),
+            ),
+            CLAMPED,
+        ),
+        (
+            lambda b: gated(
+                b, b.silu(b.clip(b.map("gate"), -65504.0, 7.0)), b.clip(b.map("up"), -7.0, 7.0)
+            ),
+            CLAMPED,
+        ),
+        (
+            lambda b: gated(
+                b,
+                b.silu(b.op("Clip", b.map("gate"), None, b.number(7.0), None)),
+                b.clip(b.map("up"), -7.0, 7.0),
+            ),
+            CLAMPED,
         ),
         (
             lambda b: gated(
@@ -137,6 +172,12 @@ SWIGLU = ("swiglu", 1.0, 0.0, None)
         (
             lambda b: gated(
                 b, b.op("FastGelu", b.map("gate"), domain="com.microsoft"), b.map("up")
+            ),
+            ("geglu", 1.0, 0.0, None),
+        ),
+        (
+            lambda b: gated(
+                b, b.op("FastGelu", b.map("gate"), None, domain="com.microsoft"), b.map("up")
             ),
             ("geglu", 1.0, 0.0, None),
         ),
@@ -192,6 +233,94 @@ def test_one_map_for_gate_and_up(cut: Any, columns: tuple[str, str]) -> None:
     assert (found.gate, found.up) == (("fused", columns[0]), ("fused", columns[1]))
 
 
+def split(b: Block, *sizes: ir.Value, rank: int | None = 3, **attributes: int) -> ir.Value:
+    """The first half of the fused map, unless the attributes or the sizes say otherwise."""
+    outputs = attributes.pop("outputs", 2)
+    node = ir.node("Split", [b.map("fused"), *sizes], attributes, num_outputs=outputs)
+    for number, output in enumerate(node.outputs):
+        output.name = f"part{number}"
+        output.shape = None if rank is None else ir.Shape(("b", "s", 8)[3 - rank :])
+    b.graph.nodes.append(node)
+    return node.outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("write", "is_half"),
+    [
+        (lambda b: split(b, axis=-1), True),
+        (lambda b: split(b, axis=2), True),
+        (lambda b: split(b, axis=1), False),
+        (lambda b: split(b, axis=-2), False),
+        (lambda b: split(b), False),  # along the first axis
+        (lambda b: split(b, rank=2), False),
+        (lambda b: split(b, rank=None), False),
+        (lambda b: split(b, axis=2, rank=None), False),
+        (lambda b: split(b, axis=-1, outputs=3), False),
+        (lambda b: split(b, b.constant([8, 8]), axis=-1), True),
+        (lambda b: split(b, b.constant([4, 12]), axis=-1), False),
+        (lambda b: split(b, b.graph.input("sizes", np.int64, (2,)), axis=-1), False),
+        (
+            lambda b: split(b, b.graph.weight("s", np.array([8, 8]), "overridable"), axis=-1),
+            False,
+        ),
+    ],
+)
+def test_which_split_makes_halves(write: Reading, is_half: bool) -> None:
+    def activated(b: Block) -> ir.Value:
+        gate = write(b)
+        b.graph.model(gate)  # so that inputs with a default are known as such
+        return gated(b, b.silu(gate), b.map("up"))
+
+    found = read(activated)
+    assert isinstance(found, MLP) == is_half
+    if isinstance(found, MLP):
+        assert found.gate == ("fused", FIRST_HALF)
+
+
+def sliced(
+    b: Block, *bounds: int | ir.Value, rank: int | None = 3, width: int | None = 16
+) -> ir.Value:
+    """A Slice of the fused map, whose width is not known where it is None."""
+    fused = b.op("MatMul", b.x, ir.val("l0.fused"))
+    fused.shape = ir.Shape(["b", "s", width])
+    values = [each if isinstance(each, ir.Value) else b.constant([each]) for each in bounds]
+    out = b.op("Slice", fused, *values)
+    out.shape = None if rank is None else ir.Shape(("b", "s", 8)[3 - rank :])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("write", "columns"),
+    [
+        (lambda b: sliced(b, 0, 8, -1), FIRST_HALF),
+        (lambda b: sliced(b, 0, 8, 2), FIRST_HALF),
+        (lambda b: sliced(b, 8, 16, 2, 1), SECOND_HALF),
+        (lambda b: sliced(b, 0, 16, 2, 2), EVEN),
+        (lambda b: sliced(b, 0, 2**31 - 1, 2, 2, width=None), EVEN),
+        (lambda b: sliced(b, 1, 2**63 - 1, -1, 2, width=None), ODD),
+        (lambda b: sliced(b, 0, 2**31 - 2, 2, 2, width=None), None),
+        (lambda b: sliced(b, 0, 14, 2, 2), None),
+        (lambda b: sliced(b, 2, 16, 2, 2), None),
+        (lambda b: sliced(b, 0, 8, -1, width=None), None),
+        (lambda b: sliced(b, 0, 8, 1), None),
+        (lambda b: sliced(b, 0, 8, 0, rank=None), None),
+        (lambda b: sliced(b, 0, 8, 2, rank=None), None),
+        (lambda b: sliced(b, 0, 8), None),
+        (lambda b: sliced(b), None),
+        (lambda b: sliced(b, b.graph.input("start", np.int64, (1,)), 8, -1), None),
+        (lambda b: sliced(b, 0, b.graph.input("end", np.int64, (1,)), -1), None),
+        (lambda b: b.op("Other", b.map("fused"), *(b.constant([n]) for n in (0, 8, -1))), None),
+    ],
+)
+def test_which_slice_makes_halves_or_every_other_column(
+    write: Reading, columns: str | None
+) -> None:
+    found = read(lambda b: gated(b, b.silu(write(b)), b.map("up")))
+    assert isinstance(found, MLP) == (columns is not None)
+    if isinstance(found, MLP):
+        assert found.gate == ("fused", columns)
+
+
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
@@ -224,6 +353,30 @@ def test_one_map_for_gate_and_up(cut: Any, columns: tuple[str, str]) -> None:
             None,
         ),
         (lambda b: gated(b, b.silu(b.map("gate")), b.clip(b.map("up"), -6.0, 7.0)), None),
+        # A clamp of the gate from below, with any bound, or with one that is not known.
+        (lambda b: gated(b, b.silu(b.clip(b.map("gate"), -3.0, 7.0)), b.map("up")), None),
+        (lambda b: gated(b, b.silu(b.clip(b.map("gate"), -65503.0, 7.0)), b.map("up")), None),
+        (lambda b: gated(b, b.silu(b.clip(b.map("gate"), None, None)), b.map("up")), None),
+        (lambda b: gated(b, b.silu(b.op("Clip", b.map("gate"))), b.map("up")), None),
+        (
+            lambda b: gated(b, b.silu(b.op("Clip", b.map("gate"), b.x, b.number(7.0))), b.map("u")),
+            None,
+        ),
+        (
+            lambda b: gated(b, b.silu(b.op("Clip", b.map("gate"), None, b.x)), b.map("up")),
+            None,
+        ),
+        # What is silu, gelu or relu but for one node.
+        (lambda b: gated(b, unary_silu(b, "Tanh"), b.map("up")), None),
+        (lambda b: gated(b, sigmoid_of(b, "Add"), b.map("up")), None),
+        (lambda b: gated(b, sigmoid_of(b, "Mul", b.map("up"), b.number(1.702)), b.map("u")), None),
+        (lambda b: gated(b, sigmoid_of(b, "Mul", b.map("up"), b.x), b.map("u")), None),
+        (
+            lambda b: gated(
+                b, b.op("FastGelu", b.map("gate"), b.x, domain="com.microsoft"), b.map("up")
+            ),
+            None,
+        ),
         (lambda b: gated(b, b.op("Relu", b.map("g"), domain="other"), b.map("up")), None),
         (lambda b: gated(b, b.silu(b.map("gate")), b.silu(b.map("up"))), None),
         (lambda b: gated(b, b.map("gate"), b.map("up")), None),
@@ -247,10 +400,34 @@ def test_what_no_linear_map_computes() -> None:
     )
 
 
-def test_nodes_are_those_between_the_maps() -> None:
-    block = Block(limit=7.0, alpha=1.702, beta=1.0, hidden=8, inter=8)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_nodes_are_those_between_the_maps(swapped: bool) -> None:
+    block = Block(limit=7.0, alpha=1.702, beta=1.0, hidden=8, inter=8, swapped=swapped)
     found = match_mlp(block.expert(block.x, "e", block.layer), linear)
     assert isinstance(found, MLP)
     between = {node for node in block.graph.nodes if node.op_type not in ("Constant", "MatMul")}
     assert between <= set(found.nodes)
     assert set(found.nodes) <= set(block.graph.nodes)
+
+
+def test_nodes_of_an_expert_with_nothing_to_multiply() -> None:
+    block = Block()
+    found = match_mlp(block.map("down", block.silu(block.map("gate"))), linear)
+    assert isinstance(found, MLP)
+    assert sorted({node.op_type for node in found.nodes}) == ["MatMul", "Mul", "Sigmoid"]
+
+
+def test_sizes_that_bound_a_slice_go_with_the_expert() -> None:
+    """As exporters compute them: half of a width is the size of another value."""
+    block = Block()
+    size = block.op("Shape", ir.val("halved", ir.DataType.FLOAT, (3, 8)), start=1)
+    other = block.op("Shape", ir.val("other", ir.DataType.FLOAT, (3, 8)), start=1)
+    fused = block.map("fused")
+    ends = block.constant([16]), block.constant([-1])
+    first = block.op("Slice", fused, block.constant([0]), size, ends[1])
+    second = block.op("Slice", fused, other, *ends)
+    hidden = gated(block, block.silu(first), second)
+    found = match_mlp(block.map("down", hidden), linear)
+    assert isinstance(found, MLP)
+    assert (found.gate, found.up) == (("fused", FIRST_HALF), ("fused", SECOND_HALF))
+    assert {size.producer(), other.producer()} <= set(found.nodes)

@@ -64,6 +64,20 @@ def test_other_routing_is_encoded(router: str) -> None:
     assert (found.k, found.experts, found.normalize) == (2, 4, True)
 
 
+def test_logits_are_handed_over_flat() -> None:
+    graph = Graph()
+    logits = graph.input("logits", np.float32, ("batch", "sequence", EXPERTS))
+    values = graph.input("weights", np.float32, ("batch", "sequence", K))
+    routing = Routing(values, values, K, EXPERTS, logits)
+    router = graph.op("Route", values, values, out="router", domain="test")
+    router.type, router.shape = logits.type, ir.Shape(["tokens", EXPERTS])
+    model = graph.model(router)
+    assert apply_rules(model, [RewriteRule(_pattern, _emitter(routing, ir.DataType.FLOAT))])
+    given = np.random.default_rng(0).standard_normal((2, 5, EXPERTS)).astype(np.float32)
+    feeds = {"logits": given, "weights": given[..., :K]}
+    np.testing.assert_array_equal(run(model, feeds)[0], given.reshape(-1, EXPERTS))
+
+
 def test_logits_of_another_type_are_not_rounded() -> None:
     logits = ir.val("logits", ir.DataType.FLOAT, ["t", 4])
     indices = ir.val("indices", ir.DataType.INT64, ["t", 2])

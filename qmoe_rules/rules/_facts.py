@@ -210,9 +210,9 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
-def is_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
-    """Returns whether a node's `axis`, -1 where it is left out, is the last one of a value."""
-    axis = node.attributes.get_int("axis", -1)
+def is_last_axis(node: ir.Node, value: ir.Value | None, default: int = -1) -> bool:
+    """Returns whether a node's `axis`, `default` where it is left out, is a value's last one."""
+    axis = node.attributes.get_int("axis", default)
     return axis == -1 or axis == (rank(value) or 0) - 1
 
 

@@ -7,6 +7,7 @@ linear map is, and `match_mlp` reads the rest: `down(activation(gate(x)) * (up(x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -14,12 +15,15 @@ from typing import Generic, TypeVar
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import last_size, number, producer, rank, scalar
+from qmoe_rules.rules._facts import is_last_axis, last_size, number, producer, rank, scalar
 
 __all__ = ["ALL", "EVEN", "FIRST_HALF", "MLP", "ODD", "SECOND_HALF", "Linear", "match_mlp"]
 
 # Which output columns of a linear map are read.
 ALL, FIRST_HALF, SECOND_HALF, EVEN, ODD = "all", "first half", "second half", "even", "odd"
+
+# Of float16.
+_LOWEST = -65504.0
 
 T = TypeVar("T")
 
@@ -203,7 +207,7 @@ class _Reader(Generic[T]):
                     return activation, alpha, source, limit
         if node is not None and node.op_type == "Clip" and node.inputs[0] is not None:
             low, limit = _bounds(node)
-            if low == -float("inf") and limit != float("inf"):
+            if low == -math.inf and limit != math.inf:
                 return activation, alpha, node.inputs[0], limit
         return activation, alpha, value, None
 
@@ -261,17 +265,15 @@ def _bounds(node: ir.Node) -> tuple[float, float]:
 
     Exporters write the lowest finite number of the type for "no bound".
     """
-    bounds = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2)]
-    numbers = [scalar(bound) if bound is not None else None for bound in bounds]
-    if any(
-        bound is not None and number is None for bound, number in zip(bounds, numbers, strict=True)
-    ):
-        return float("nan"), float("nan")
-    low, high = numbers
-    unbound = low is None or low <= -65504.0
-    return (-float("inf") if unbound or low is None else low), float(
-        "inf"
-    ) if high is None else high
+    found = [-math.inf, math.inf]
+    for position, bound in enumerate(node.inputs[1:3]):
+        if bound is not None:
+            number = scalar(bound)
+            if number is None:
+                return math.nan, math.nan
+            found[position] = number
+    low, high = found
+    return (-math.inf if low <= _LOWEST else low), high
 
 
 def _columns(node: ir.Node, value: ir.Value) -> str | None:
@@ -294,8 +296,7 @@ def _columns(node: ir.Node, value: ir.Value) -> str | None:
 
 
 def _columns_of_split(node: ir.Node, value: ir.Value) -> str | None:
-    rank = len(value.shape) if value.shape is not None else 0
-    if node.attributes.get_int("axis", 0) not in (-1, rank - 1) or len(node.outputs) != 2:
+    if not is_last_axis(node, value, default=0) or len(node.outputs) != 2:
         return None
     sizes = node.inputs[1] if len(node.inputs) > 1 else None
     tensor = None if sizes is None else ir.convenience.get_const_tensor(sizes)

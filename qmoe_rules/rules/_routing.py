@@ -23,7 +23,6 @@ from qmoe_rules.rules._facts import (
     not_negative,
     over_last_axis,
     producer,
-    rank,
     same_tokens,
     scalar,
     type_of,
@@ -89,9 +88,10 @@ def routing_of(
         return f"the router ranks {width} experts, and there are {experts}"
     if last_size(weights) != k:
         return f"{weights.name} is not known to have {k} weights per token"
-    for value in (indices, weights) if source is not None else ():
-        if source is not None and not same_tokens(value, source):
-            return f"{value.name} is not known to have one row per token of {source.name}"
+    if source is not None:
+        for value in (indices, weights):
+            if not same_tokens(value, source):
+                return f"{value.name} is not known to have one row per token of {source.name}"
     direct = _direct(indices, weights, k, experts)
     if direct is not None:
         return direct
@@ -183,8 +183,7 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
         widths = {width for _, width in known}
         return sum(k for k, _ in known), widths.pop() if len(widths) == 1 else None
     if is_op(node, "ArgMax") and node.attributes.get_int("keepdims", 1) == 1:
-        axis = node.attributes.get_int("axis", 0)
-        is_last = axis in (-1, (rank(indices) or 0) - 1)
+        is_last = is_last_axis(node, indices, default=0)
         return (1, last_size(node.inputs[0])) if is_last else None
     integer = is_op(node, "Cast") and node.attributes.get_int("to", 0) in _INDEX_TYPES
     if (integer or is_op(node, "Identity")) and node.inputs[0] is not None:
@@ -224,7 +223,7 @@ def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
 
     Args:
         value: The value.
-        rounded: Whether casts to a narrower type count too, which change the order of values.
+        rounded: Whether casts count too that make values equal which were not.
     """
     node = value.producer()
     while node is not None and is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
@@ -232,7 +231,7 @@ def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
             before, after = type_of(node.inputs[0]), ir.DataType(node.attributes.get_int("to"))
             if before is None or not (before.is_floating_point() and after.is_floating_point()):
                 break
-            if after.bitwidth < before.bitwidth and not rounded:
+            if after != before and after.bitwidth <= before.bitwidth and not rounded:
                 break
         value = node.inputs[0]
         node = value.producer()
@@ -258,7 +257,7 @@ def _is_part(value: ir.Value | None, values: ir.Value, ranked: ir.Value, indices
         and node.inputs[0] is not None
         and _uncast(node.inputs[0]) is ranked
         and node.inputs[1] is indices
-        and node.attributes.get_int("axis", 0) in (-1, (rank(indices) or 0) - 1)
+        and is_last_axis(node, indices, default=0)
     )
     return value is values or gathered
 

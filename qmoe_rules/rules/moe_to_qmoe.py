@@ -151,7 +151,7 @@ class MoEToQMoE(RewriteRuleClassBase):
         carry_notes(moe, quantized)
         self._report.replace(node, ops.producer(quantized))
         weights, spec = conversion.projections["fc1"].weights, conversion.projections["fc1"].spec
-        if quantized.dtype is None and spec.format.scale is not None:  # the scales do not tell it
+        if spec.format.scale is not None:  # the scales do not tell it
             quantized.type = ir.TensorType(ir.DataType.from_numpy(weights.dtype))
         return quantized
 
