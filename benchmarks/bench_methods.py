@@ -1,6 +1,7 @@
 """How long the methods take that lose less: `search` and `gptq` on one layer.
 
     python benchmarks/bench_methods.py [--experts 128] [--hidden 2816] [--inter 704] [--workers N]
+                                       [--blocks 32 0]
 
 A layer of float16 experts, gated, is quantized to int4, one expert per thread at a time, in memory.
 Weights and inputs are random; the inputs of every column differ in size and go together, and four
@@ -26,11 +27,9 @@ from qmoe_rules.statistics import Statistics
 from qmoe_rules.writing import processors
 
 DIFFERENT = 4
-SPECS = (
-    Spec(FORMATS["int4"], 32),
-    Spec(FORMATS["int4"], 32, symmetric=False),
-    Spec(FORMATS["int4"], 0),
-)
+SPECS = [
+    Spec(FORMATS["int4"], block, symmetric) for block in (32, 0) for symmetric in (True, False)
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2816)
     parser.add_argument("--inter", type=int, default=704)
     parser.add_argument("--workers", type=int, default=processors())
+    parser.add_argument("--blocks", type=int, nargs="*", default=[32], help="0: rows")
     arguments = parser.parse_args()
     shapes = ((2 * arguments.inter, arguments.hidden), (arguments.hidden, arguments.inter))
     drawn = [[Projection.drawn(*shape, seed) for shape in shapes] for seed in range(DIFFERENT)]
@@ -80,7 +80,7 @@ def main() -> None:
     title = f"{arguments.experts} experts, {weights / 1e9:.2f} Gparam, {arguments.workers} threads"
     table = Table("method", "storage", "seconds", "Gparam/s per thread", title=title, box=None)
     for method in ("search", "gptq"):
-        for spec in SPECS:
+        for spec in (spec for spec in SPECS if spec.block_size in arguments.blocks):
             seconds(experts[:1], method, spec, 1)  # compiles
             taken = seconds(experts, method, spec, arguments.workers)
             speed = weights / taken / arguments.workers / 1e9
