@@ -88,11 +88,10 @@ def specs(quick: bool) -> Iterator[tuple[Spec, str]]:
     yield Spec(FORMATS["fp8"]), "raw"
 
 
-def ours(quick: bool) -> Iterator[Contender]:
+def ours(quick: bool, pool: ThreadPoolExecutor) -> Iterator[Contender]:
     """Yields the compiled engine at everything, and in two threads at what is asked for most."""
     for spec, layout in specs(quick):
         yield Contender(OURS, f"{spec}, {layout}", _stored(spec, layout))
-    pool = ThreadPoolExecutor(2)
     for layout in ("raw", "cutlass_sm80"):
         spec = Spec(FORMATS["int4"], 32)
         run = _stored(spec, layout)
@@ -190,8 +189,13 @@ def _imported(name: str) -> ModuleType:
 def contenders(quick: bool, shape: tuple[int, ...]) -> tuple[list[Contender], list[str]]:
     """Returns who is here, memcpy first, and who is not and why."""
     slots = itertools.cycle(np.empty(shape, np.float16))
-    found = [Contender("memcpy", "", lambda weight: np.copyto(next(slots), weight))]
-    found += [*ours(quick), *in_numpy()]
+
+    def copy(weight: Weight) -> None:
+        np.copyto(next(slots), weight)
+
+    pool = ThreadPoolExecutor(2)
+    found = [Contender("memcpy", "", copy), Contender("memcpy, 2 threads", "", copy, pool=pool)]
+    found += [*ours(quick, pool), *in_numpy()]
     absent = []
     for group in (onnxruntimes_nbits, onnxruntimes_cuda_quantizer, ggmls):
         try:
@@ -240,11 +244,11 @@ def main() -> None:
     for each, s in zip(everyone, seconds, strict=True):
         other = each.who != OURS and each.what in own
         faster = f"{s / own[each.what]:.1f}x" if other else ""
-        if each.pool:
+        if each.pool and each.what in own:
             faster = f"{own[each.what] / s:.2f}x of one thread's speed"
         speed, ratio = weights[0].nbytes / s / 1e9, seconds[0] / s
         table.add_row(each.who, each.what, f"{speed:.2f}", f"{ratio:.3f}", faster)
-    console = Console(width=100)
+    console = Console(width=120)
     console.print(table)
     for line in absent:
         console.print(line)
