@@ -63,8 +63,8 @@ def _run(module: str, tests: Sequence[str], config: str, jobs: int) -> None:
     for name in COPIED:
         source, copy = ROOT / name, folder / name
         if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, copy, ignore=ignored, dirs_exist_ok=True)
+            shutil.rmtree(copy, ignore_errors=True)  # with what is no longer there
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, copy)
     paths = [f"tests/test_{name}.py" for name in tests]
@@ -76,7 +76,7 @@ def _run(module: str, tests: Sequence[str], config: str, jobs: int) -> None:
     (folder / "pyproject.toml").write_text(own, encoding="utf-8")
     scripts = Path(sys.executable).parent
     command = [str(scripts / "mutmut"), "run", "--max-children", str(jobs)]
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)  # which would hide the copy
     _forget(module)
     subprocess.run(command, cwd=folder, env=environment, check=True)

@@ -1,7 +1,7 @@
 """Weight-only quantization of Mixture-of-Experts ONNX models, as onnxscript rewrite rules.
 
-The public names are imported when they are asked for: a process that computes slabs, or prints a
-help, needs no graphs, and imports none.
+The public names, and the rooms that hold them, are imported when they are asked for: a process that
+computes slabs, or prints a help, needs no graphs, and imports none.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from qmoe_rules.targets import Target
     from qmoe_rules.verification import VerificationReport, verify
 
-_ROOMS = {
+_ROOMS: dict[str, tuple[str, ...]] = {
     "calibration": ("calibrate",),
     "errors": (
         "ConfigError",
@@ -74,7 +74,10 @@ _ROOMS = {
         "UnsupportedNodeError",
         "VerificationError",
     ),
+    "feeds": (),
     "inspection": ("NodeSummary", "inspect"),
+    "loading": (),
+    "pages": (),
     "passes": ("QuantizeMoEPass", "prepare"),
     "pipeline": ("plan", "quantize"),
     "recipe": ("Recipe",),
@@ -97,6 +100,8 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 if not TYPE_CHECKING:  # which knows every name from above, and would believe in any other
 
     def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in _ROOM_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)

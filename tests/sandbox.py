@@ -143,7 +143,7 @@ def serve() -> None:
     import numpy as np
     import onnxruntime  # noqa: F401
 
-    import qmoe_rules.cli  # noqa: F401
+    import qmoe_rules.cli._running  # noqa: F401
     from qmoe_rules.formats import FORMATS, Spec
     from qmoe_rules.quantizers.rtn import rtn
 

@@ -270,6 +270,7 @@ def test_work_grows_with_the_number_of_experts_and_not_its_square() -> None:
         only_the_moe_is_left(model)
         return next(events)
 
+    calls(8)  # imports and caches, which come once
     assert calls(128) < 4.5 * calls(32)
 
 

@@ -211,7 +211,8 @@ def test_a_plan_loads_nothing_that_it_does_not_need(tiny_fp16: Path) -> None:
 def test_what_waits_is_loaded_when_it_is_asked_for() -> None:
     """Sizes that are expressions and constants that are folded work in the command too."""
     code = """
-import qmoe_rules.cli
+from qmoe_rules.cli._later import import_later
+import_later()
 import onnx_ir as ir, onnxscript.optimizer
 assert "sympy.core" not in sys.modules
 size = ir.SymbolicDim("batch") * 2 + 1

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qmoe_rules.formats import Spec
 from qmoe_rules.quantizers._candidates import (
+    BEYOND,
     FITS,
     candidates,
     greatest_scale,
@@ -77,9 +78,9 @@ class CompiledEngine:
         """See `Engine`."""
         least = patterns(np.full(1, smallest_scale(rows.dtype), rows.dtype))[0]
         self._fit(
-            rows.values, rows.weights, rows.unit, tries(rows.values, spec), is_signed(spec),
-            spec.symmetric, np.float32(spec.format.max_code), greatest_scale(rows.dtype), least,
-            scales, points, sums,
+            rows.values, rows.weights, rows.unit, tries(rows.values, spec), BEYOND, FITS,
+            is_signed(spec), spec.symmetric, np.float32(spec.format.max_code),
+            greatest_scale(rows.dtype), least, scales, points, sums,
         )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_rules.quantizers._candidates import BEYOND, FITS
 from qmoe_rules.quantizers._kernels.compiling import jit
 from qmoe_rules.quantizers._kernels.instructions import ROUNDER, float_of, nearest
 
@@ -158,12 +157,12 @@ def _keep_fitted(
 
 @jit
 def _candidates(
-    low: Any, high: Any, within: Any, ratio: Any, signed: bool, symmetric: bool, top: Any,
-    scales: Any, points: Any,
+    low: Any, high: Any, within: Any, ratio: Any, beyond: int, signed: bool, symmetric: bool,
+    top: Any, scales: Any, points: Any,
 ) -> Any:  # fmt: skip
     """Writes what `_candidates.candidates` tries, [G, BESIDE], and returns G."""
     last, rows = within.size - 1, low.size
-    count = last + 1 + BEYOND
+    count = last + 1 + beyond
     centre = (top + np.float32(1)) / np.float32(2)
     divisors = np.full(BESIDE, within[last])
     for g in range(count):
@@ -191,9 +190,9 @@ def _candidates(
         _copy(line, scales[count + g])
         if g > last:
             _copy(line, scales[2 * count + g - last - 1])
-            _copy(line, scales[2 * count + BEYOND + g - last - 1])
-            points[2 * count + BEYOND + g - last - 1][:] = centre - np.float32(1)
-    return 2 * (count + BEYOND)
+            _copy(line, scales[2 * count + beyond + g - last - 1])
+            points[2 * count + beyond + g - last - 1][:] = centre - np.float32(1)
+    return 2 * (count + beyond)
 
 
 @jit
@@ -205,19 +204,21 @@ def _stored(scale: Any, unit: Any, end: Any, least: Any) -> Any:
 
 @jit
 def fit(
-    values: Any, weights: Any, units: Any, tries: Any, signed: bool, symmetric: bool, top: Any,
-    end: Any, least: Any, scales: Any, points: Any, sums: Any,
+    values: Any, weights: Any, units: Any, tries: Any, beyond: int, fits: int, signed: bool,
+    symmetric: bool, top: Any, end: Any, least: Any, scales: Any, points: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Finds better scales and zero points of integers.
 
     The candidate that leaves the least error once it has been fitted to its codes is fitted, stored
-    and measured, `FITS` times.
+    and measured, `fits` times, and measured once more.
 
     Args:
         values: float32 [blocks, B, N].
         weights: float32 [blocks, B].
         units: float32 [blocks, N], what the values were divided by.
         tries: Of the candidates.
+        beyond: How many divisors beyond the codes' reach are tried.
+        fits: How often a scale is fitted to its codes.
         signed: Whether scales may be negative.
         symmetric: Whether there are no zero points.
         top: float32, the largest code.
@@ -227,7 +228,7 @@ def fit(
         points: float32 [blocks, N], likewise.
         sums: float32 [2, blocks, N], written: the first two of `measure`.
     """
-    most = 2 * (tries.within.size + 2 * BEYOND)
+    most = 2 * (tries.within.size + 2 * beyond)
     tried, middles = np.empty((most, BESIDE), np.float32), np.empty((most, BESIDE), np.float32)
     limits, found = np.empty((3, BESIDE), np.float32), np.empty((3, BESIDE), np.float32)
     tile = np.zeros((values.shape[1], BESIDE), np.float32)
@@ -241,7 +242,7 @@ def fit(
             copy_rows(values[b], start, stop, tile)
             count = _candidates(
                 tries.low[b][start:stop], tries.high[b][start:stop], tries.within,
-                tries.ratio[b][start:stop], signed, symmetric, top, tried, middles,
+                tries.ratio[b][start:stop], beyond, signed, symmetric, top, tried, middles,
             )  # fmt: skip
             for g in range(count):
                 one, other = tried[g][:size], middles[g][:size]
@@ -253,7 +254,7 @@ def fit(
             _measure(tile, weights[b], best_scale, best_point, top, False, limits, found)
             _copy(found[0], best_error)
             _copy(found[1], best_slope)
-            for _ in range(FITS + 1):
+            for _ in range(fits + 1):
                 for r in range(size):
                     scale[r] = _stored(scale[r], unit[r], end, least)
                 _measure(tile, weights[b], scale[:size], point[:size], top, False, limits, found)
