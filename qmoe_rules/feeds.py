@@ -54,7 +54,8 @@ class Input:
         name: Its name.
         dtype: Its type; float32 for bfloat16, which numpy does not have.
         shape: Its sizes, None for those that are open; None where the rank is.
-        rows: How many rows the tables have that its numbers look up, None where they look up none.
+        rows: How many rows the tables have that its numbers look up whenever the model runs, None
+            where they look up none.
     """
 
     name: str
@@ -81,7 +82,7 @@ def inputs_of(model: ir.Model) -> dict[str, Input]:
         if value.shape is not None:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
         dtype = np.dtype(np.float32) if wide else value.dtype.numpy()
-        found[name] = Input(name, dtype, shape, _rows(value))
+        found[name] = Input(name, dtype, shape, _rows(value, in_branches=False))
     return found
 
 
@@ -137,17 +138,21 @@ def complete(feed: Mapping[str, Any], needed: Mapping[str, Input], known: Iterab
     return completed
 
 
-def drop_caches(model: ir.Model, given: Iterable[str]) -> None:
+def drop_caches(model: ir.Model, feed: Mapping[str, Any]) -> set[str]:
     """Removes, in place, the empty caches of attention nodes that may do without them.
 
     Their sizes are not always known, and a cache of another size than the node's is refused.
 
     Args:
         model: The model.
-        given: The inputs that the feeds have, and that are not empty.
+        feed: A feed. Caches that it lacks, and those that are empty in it, are removed.
+
+    Returns:
+        The names of the inputs that are gone.
     """
-    absent = [value for value in model.graph.inputs if value.name not in set(given)]
-    for value in absent:
+    dropped = set()
+    given = {name for name, array in feed.items() if np.asarray(array).size}
+    for value in [value for value in model.graph.inputs if value.name not in given]:
         uses = list(value.uses())
         if not all(use.node.op_type == "GroupQueryAttention" and use.idx in (3, 4) for use in uses):
             continue
@@ -156,6 +161,8 @@ def drop_caches(model: ir.Model, given: Iterable[str]) -> None:
             node.attributes.pop("sliding_window_cache", None)  # how a cache is kept that is gone
         if uses:
             model.graph.inputs.remove(value)
+            dropped.add(str(value.name))
+    return dropped
 
 
 def random_feeds(model: ir.Model, tokens: int, seed: int) -> Feed:
@@ -352,7 +359,7 @@ def _random(value: ir.Value, wanted: Input, tokens: int, rng: np.random.Generato
         return rng.standard_normal(shape).astype(wanted.dtype)
     if wanted.dtype == np.bool_:
         return np.asarray(rng.integers(0, 2, shape)).astype(np.bool_)
-    rows = None if "mask" in name or "position" in name else wanted.rows
+    rows = None if "mask" in name or "position" in name else _rows(value, in_branches=True)
     return None if rows is None else rng.integers(0, rows, shape, wanted.dtype)
 
 
@@ -363,8 +370,11 @@ def _size(size: int | ir.SymbolicDim, tokens: int) -> int:
     return 1 if "batch" in str(size.value).lower() else tokens
 
 
-def _rows(value: ir.Value) -> int | None:
-    """Returns how many rows the tables have that a value looks up, None where it looks up none."""
+def _rows(value: ir.Value, *, in_branches: bool) -> int | None:
+    """Returns how many rows the tables have that a value looks up, None where it looks up none.
+
+    What a branch looks up counts where that is asked for: it may be the branch that is not taken.
+    """
     sizes = []
     pending, seen = [value], {value}
     while pending:
@@ -372,7 +382,8 @@ def _rows(value: ir.Value) -> int | None:
             if node.op_type in _THROUGH and index == 0:
                 pending += [output for output in node.outputs if output not in seen]
                 seen.update(node.outputs)
-            table = ops.static_shape(node.inputs[0]) if node.op_type == "Gather" else None
+            counts = node.op_type == "Gather" and (in_branches or node.graph is value.graph)
+            table = ops.static_shape(node.inputs[0]) if counts else None
             if index == 1 and table and table[0] and not node.attributes.get_int("axis", 0):
                 sizes.append(table[0])
     return min(sizes, default=None)

@@ -72,6 +72,7 @@ def inspect(source: str | os.PathLike[str], target: str | None = None) -> list[N
     Raises:
         ConfigError: The target is unknown.
         SourceError: The model cannot be used.
+        TypeError: `source` is no path.
 
     Example:
         >>> # wrong = [n for n in inspect("model.onnx", "cuda") if n.verdict != "right"]

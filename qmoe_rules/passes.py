@@ -35,6 +35,7 @@ def prepare(model: ir.Model) -> ir.Model:
     Raises:
         SourceError: They cannot be inlined: they call themselves, or are called with other inputs
             than they have.
+        TypeError: `model` is no `onnx_ir.Model`.
     """
     _inline(model)
     return model
@@ -102,13 +103,21 @@ class QuantizeMoEPass(ir.passes.InPlacePass):
 
         Raises:
             ConfigError: The recipe is wrong.
+            TypeError: `recipe` is no recipe.
         """
         super().__init__()
         self.recipe = Recipe.of(recipe, **recipe_fields)
         self.report = Report()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Plans the quantization in place; nothing is computed before the model is saved."""
+        """Plans the quantization in place; nothing is computed before the model is saved.
+
+        Raises:
+            ConfigError: The calibration is of another model, or the budget cannot be kept.
+            SourceError: The functions that hold a MoE cannot be inlined, or the weights that a
+                budget weighs cannot be read.
+            TypeError: `model` is no `onnx_ir.Model`.
+        """
         self.report = Report()
         inlined = _inline(model)
         for node in ops.nodes(model, "QMoE"):

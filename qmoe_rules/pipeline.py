@@ -54,6 +54,7 @@ def plan(
     Raises:
         ConfigError: The recipe is wrong.
         SourceError: The model cannot be used.
+        TypeError: `source` is no path, or `recipe` no recipe.
 
     Example:
         >>> # print(plan("model.onnx", bits=4, block_size=32).summary())
@@ -106,6 +107,7 @@ def quantize(
         SourceError: The model cannot be used.
         SaveError: The destination cannot be written; nothing has changed then.
         UnsupportedNodeError: `strict`, and some MoE node cannot be converted.
+        TypeError: `source` is no path, or `recipe` no recipe.
 
     Example:
         >>> # quantize("model.onnx", "model-int4", bits=4, block_size=32)

@@ -91,6 +91,7 @@ def save(
         SourceError: A weight cannot be read, or holds an infinity or a NaN, or its file has changed
             since the model was loaded.
         ConfigError: `workers` or `max_shard_size` is not positive.
+        TypeError: `model` is no `onnx_ir.Model`.
 
     Example:
         >>> import onnx_ir as ir

@@ -190,19 +190,24 @@ class SlabWork:
         """Computes every part.
 
         Raises:
-            SourceError: The weights or the statistics cannot be read, or the weights hold an
-                infinity or a NaN.
+            SourceError: The weights or the statistics cannot be read, the weights hold an
+                infinity or a NaN, or the statistics are of no inputs that there can be.
         """
         source, known = self.source, self.statistics
         if isinstance(known, FileStatistics):
             known = known.read()
         try:
             weight = source.read() if isinstance(source, FileSlice) else source
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.label}: cannot be read: {error}") from error
+        try:
             return quantized_slab(weight, self.spec, self.layout, self.method, known)
         except SourceError as error:
             raise SourceError(f"{self.label}: {error}; quantization needs finite weights") from None
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{self.label}: cannot be read: {error}") from error
+        except ValueError as error:
+            if known is None:
+                raise
+            raise SourceError(f"{self.label}: the calibration does not fit: {error}") from error
 
     def __call__(self, folder: Path, places: tuple[Place, ...], prove: bool, save: str = "") -> int:
         """Computes the slab and writes its parts.

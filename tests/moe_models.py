@@ -143,6 +143,37 @@ def branches(
     return graph.model(y)
 
 
+def attending(experts: Experts | None = None) -> ir.Model:
+    """Returns a model of attention with a cache, and a MoE, `moe`.
+
+    As onnxruntime-genai exports them: only the attention knows how wide its heads are.
+    """
+    graph, experts = Graph(), experts or Experts(bias=False)
+    x = graph.input("inputs_embeds", np.float32, ("batch", "length", experts.hidden))
+    router = graph.input("router_probs", np.float32, ("length", experts.experts))
+    cache = [
+        graph.input(f"past_key_values.0.{part}", np.float32, ("batch", 2, "past", "width"))
+        for part in ("key", "value")
+    ]
+    length = graph.op("Shape", x, out="length", start=1, end=2)
+    total = graph.op("Cast", length, out="total", to=ir.DataType.INT32)
+    last = graph.op("Sub", total, graph.weight("one", np.ones(1, np.int32)), out="last")
+    attention = ir.node(
+        "GroupQueryAttention",
+        [x, x, x, *cache, last, total],
+        {"num_heads": 2, "kv_num_heads": 2},
+        domain="com.microsoft",
+        num_outputs=3,
+    )
+    for value, name in zip(attention.outputs, ("attended", "key", "value"), strict=True):
+        value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+    attention.outputs[0].shape = x.shape
+    graph.nodes.append(attention)
+    weights = graph.weights(experts.arrays())
+    y = graph.moe(attention.outputs[0], router, weights, k=2, **experts.attributes)
+    return graph.model(y, *attention.outputs[1:])
+
+
 def inputs_of(
     graph: Graph, experts: Experts, shape: Sequence[int] = (6,), prefix: str = ""
 ) -> tuple[ir.Value, ir.Value]:

@@ -30,13 +30,13 @@ from qmoe_rules import (
 from qmoe_rules.cli import main
 from qmoe_rules.errors import ConfigError, SourceError
 from qmoe_rules.feeds import inputs_of, read_feeds
-from qmoe_rules.formats import Spec
+from qmoe_rules.formats import FORMATS, Spec
 from qmoe_rules.lazy import Projection
 from qmoe_rules.quantized import QuantizedWeights
 from qmoe_rules.quantizers import METHODS, rtn
 from qmoe_rules.report import CONVERTED, SKIPPED
 from qmoe_rules.rules import apply_rules
-from qmoe_rules.slabs import FileStatistics
+from qmoe_rules.slabs import FileSlice, FileStatistics, SlabWork
 from qmoe_rules.statistics import ProjectionStatistics, Statistics
 from tests.moe_models import Array, Experts, Graph, layers, single
 from tests.moe_models import inputs_of as graph_inputs
@@ -227,6 +227,25 @@ def test_a_calibration_is_opened_when_the_recipe_is_made(means: Calibration) -> 
         Recipe(calibration="nowhere")
     with pytest.raises(ConfigError, match="calibration=3; it is a Calibration, or the file of one"):
         Recipe(calibration=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["gptq", "search"])
+def test_moments_that_no_inputs_have_are_no_fault_of_the_weights(
+    method: str, tmp_path: Path
+) -> None:
+    hessian = np.eye(32, dtype=np.float32)
+    hessian[3, 5] = 2
+    known = Statistics(100, np.ones(32, np.float32), hessian)
+    work = SlabWork(
+        np.ones((4, 32), np.float32), Spec(FORMATS["int4"]), "raw", method, known, "weight 'w'"
+    )
+    message = r"^weight 'w': the calibration does not fit: hessian\[3, 5\] is 2, more than its "
+    with pytest.raises(SourceError, match=message):
+        work.compute()
+    (tmp_path / "short").write_bytes(bytes(12))
+    short = FileSlice(str(tmp_path / "short"), 0, (4, 32), np.dtype(np.float32))
+    with pytest.raises(SourceError, match=r"^weight 'w': cannot be read: .*short ends before the"):
+        dataclasses.replace(work, source=short).compute()
 
 
 def test_another_models_file_is_refused(means: Calibration, calls: list[Call]) -> None:

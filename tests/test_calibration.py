@@ -29,6 +29,7 @@ from tests.moe_models import (
     Arrays,
     Experts,
     Graph,
+    attending,
     branches,
     layers,
     single,
@@ -545,6 +546,33 @@ def test_a_node_in_a_subgraph_is_left_out_with_a_warning(caplog: pytest.LogCaptu
     inner = moe(arrays, feed["x"], feed["router_probs"], **experts.attributes)
     expected = seen(arrays, inner, feed["router_probs"], **experts.attributes)
     assert_seen(calibration, "outer", expected, 1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 0])
+def test_empty_caches_are_like_none(width: int) -> None:
+    """Whichever feed has them, and however wide it says they are."""
+    model, rng = attending(), np.random.default_rng(0)
+    plain: list[Arrays] = [
+        {
+            "inputs_embeds": rng.standard_normal((1, length, 128)).astype(np.float32),
+            "router_probs": rng.standard_normal((length, 3)).astype(np.float32),
+        }
+        for length in (5, 9)
+    ]
+    cache = [f"past_key_values.0.{part}" for part in ("key", "value")]
+    empty: Arrays = {name: np.zeros((1, 2, 0, width), np.float32) for name in cache}
+    expected = calibrate(model, plain)
+    for feeds in ([{**plain[0], **empty}, plain[1]], [plain[0], {**plain[1], **empty}]):
+        found = calibrate(model, feeds)
+        assert found == expected
+        for name in ("fc1", "fc2"):
+            np.testing.assert_array_equal(found.pooled("moe", name), expected.pooled("moe", name))
+    full = {name: np.ones((1, 2, 3, 64), np.float32) for name in cache[:1]}
+    message = (
+        "feed 1: input 'past_key_values.0.key' is a cache that holds something, and the first "
+    )
+    with pytest.raises(ConfigError, match=message):
+        calibrate(model, [plain[0], {**plain[1], **full}])
 
 
 @pytest.mark.parametrize(

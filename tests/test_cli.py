@@ -159,16 +159,16 @@ def test_quantize_says_last_that_nothing_was_converted(
     done = qmoe("quantize", source, out, "--target", "cuda")
     assert done.status == 0
     assert done.err == (
-        f"qmoe: nothing was converted, {out} is a copy: the CUDA provider has no float32 kernel "
-        "(it has bfloat16, float16); target='portable' takes it (2 of 2 nodes); --fail-if-skipped "
-        "makes that an error\n"
+        f"qmoe: nothing was converted; {out} computes what {source} does: the CUDA provider has no "
+        "float32 kernel (it has bfloat16, float16); target='portable' takes it (2 of 2 nodes); "
+        "--fail-if-skipped makes that an error\n"
     )
     done = qmoe("quantize", source, out, "--exclude", "*.0.*", "--target", "cuda", "--json")
     assert "excluded by the recipe (1 of 2 nodes)" in done.err
     assert json.loads(done.out)["converted"] == 0
     assert qmoe("quantize", source, out).err == ""
     done = qmoe("quantize", out, tmp_path / "again")
-    assert done.err.endswith("/again is a copy: it is QMoE already (2 of 2 nodes)\n")
+    assert done.err.endswith(f" computes what {out} does: it is QMoE already (2 of 2 nodes)\n")
     without_moe(source)
     done = qmoe("quantize", source, out)
     assert ": there is no com.microsoft::MoE node, nor experts that can be fused" in done.err

@@ -215,6 +215,27 @@ def test_numbers_that_look_up_rows_that_are_not_there() -> None:
             complete({"input_ids": np.array([[0, wrong]])}, needed, needed)
 
 
+def test_tables_of_a_branch_that_may_not_be_taken() -> None:
+    """As models with long contexts have them: a short table or a long one, by the length."""
+    graph = Graph()
+    ids = graph.input("ids", np.int64, ("batch", "length"))
+    flag = graph.input("long", np.bool_, ())
+    bodies: dict[str, Any] = {}
+    for name, rows in (("then_branch", 90), ("else_branch", 10)):
+        body = Graph()
+        table = body.weight(f"table_{rows}", np.ones((rows, 4), np.float32))
+        bodies[name] = body.done(body.op("Gather", table, ids, out=f"found_{rows}"))
+    chosen = graph.op("If", flag, out="chosen", **bodies)
+    always = graph.weight("table", np.ones((60, 4), np.float32))
+    model = graph.model(chosen, graph.op("Gather", always, ids, out="found"))
+    needed = inputs_of(model)
+    far = {"ids": np.array([[59]]), "long": np.array(True)}
+    assert complete(far, needed, needed)["ids"].tolist() == [[59]]
+    with pytest.raises(ConfigError, match="holds 60, and looks up a table of 60 rows"):
+        complete({**far, "ids": np.array([[60]])}, needed, needed)
+    assert set(random_feeds(model, 200, seed=0)["ids"].ravel()) == set(range(10))
+
+
 def test_what_follows_from_the_tokens() -> None:
     feed = {"input_ids": np.arange(10, dtype=np.int32).reshape(2, 5)}
     found = complete(feed, LLM, LLM)

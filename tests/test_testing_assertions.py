@@ -243,3 +243,9 @@ def test_what_is_not_valid_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(proto, onnx.ModelProto)
     with pytest.raises(AssertionError, match=r"onnx.checker: .*nowhere"):
         assert_valid(proto)
+    proto = ir.to_proto(build_model(ModelDesign()))
+    proto.graph.ClearField("output")
+    with pytest.raises(
+        AssertionError, match=r"does not run the model: .* its graph has no outputs"
+    ):
+        assert_valid(proto, runs_on="cpu")

@@ -37,7 +37,16 @@ from qmoe_rules.verification._tolerances import PROVIDERS, runs_on, tolerance_of
 from tests import expert_graphs
 from tests.conftest import MODELS
 from tests.expert_graphs import Layer
-from tests.moe_models import Array, Experts, Graph, branches, inputs_of, layers, single
+from tests.moe_models import (
+    Array,
+    Experts,
+    Graph,
+    attending,
+    branches,
+    inputs_of,
+    layers,
+    single,
+)
 from tests.qmoe_models import Codes, spec_of
 
 TINY = {name: MODELS / f"bytelm-tiny8-{name}" for name in ("fp32", "fp16")}
@@ -623,31 +632,7 @@ def test_inputs_that_came_to_nothing_are_told(tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_of_unknown_width_is_left_out(tmp_path: Path) -> None:
-    """As onnxruntime-genai exports them: only the attention knows how wide its heads are."""
-    graph, experts = Graph(), Experts(bias=False)
-    x = graph.input("inputs_embeds", np.float32, ("batch", "length", 128))
-    router = graph.input("router_probs", np.float32, ("length", experts.experts))
-    cache = [
-        graph.input(f"past_key_values.0.{part}", np.float32, ("batch", 2, "past", "width"))
-        for part in ("key", "value")
-    ]
-    length = graph.op("Shape", x, out="length", start=1, end=2)
-    total = graph.op("Cast", length, out="total", to=ir.DataType.INT32)
-    last = graph.op("Sub", total, graph.weight("one", np.ones(1, np.int32)), out="last")
-    attention = ir.node(
-        "GroupQueryAttention",
-        [x, x, x, *cache, last, total],
-        {"num_heads": 2, "kv_num_heads": 2},
-        domain="com.microsoft",
-        num_outputs=3,
-    )
-    for value, name in zip(attention.outputs, ("attended", "key", "value"), strict=True):
-        value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
-    attention.outputs[0].shape = x.shape
-    graph.nodes.append(attention)
-    weights = graph.weights(experts.arrays())
-    y = graph.moe(attention.outputs[0], router, weights, k=2, **experts.attributes)
-    before = saved(graph.model(y, *attention.outputs[1:]), tmp_path / "before")
+    before = saved(attending(), tmp_path / "before")
     report = verify(before, converted(before, tmp_path / "out", **INT4))
     assert report.whole_model == "ran on random inputs"
     assert {output.name: output.error for output in report.outputs} == {

@@ -16,10 +16,11 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -72,7 +73,7 @@ def calibrate(
         SourceError: The model cannot be run, has no MoE, or computes an infinity or a NaN.
         ConfigError: A feed does not fit the model, or there is none.
         SaveError: The destination cannot be written; nothing is there then.
-        TypeError: The feeds are no dictionaries.
+        TypeError: The feeds are no dictionaries, or `model` is neither a model nor a path.
 
     Example:
         >>> # calibration = calibrate("model.onnx", [{"input_ids": tokens}], "calibration.st")
@@ -86,9 +87,10 @@ def calibrate(
     whole = _prepared(model)
     feeds = iter(feeds)
     first = list(itertools.islice(feeds, 1))
+    dropped: set[str] = set()
     for feed in first:
         require_feed(feed)
-        drop_caches(whole, feed)
+        dropped = drop_caches(whole, feed)
     layers, left = layers_of(whole)
     for node, reason in left.items():
         logger.warning("%s is not calibrated: %s", node, reason)
@@ -97,7 +99,7 @@ def calibrate(
     @told_when_lost()
     def run(folder: Path) -> Path:
         work = Run(whole, stages, folder, hessian, tuple(providers), progress or _ignore)
-        return work(itertools.chain(first, feeds))
+        return work(_without(dropped, itertools.chain(first, feeds)))
 
     if destination is None:
         with contextlib.ExitStack() as stack:
@@ -130,6 +132,26 @@ def _prepared(model: ir.Model | str | os.PathLike[str]) -> ir.Model:
     apply_rules(whole, [*fuse_experts_rules(), *normalize_moe_rules()])
     whole.graph.sort()
     return whole
+
+
+def _without(
+    dropped: set[str], feeds: Iterable[Mapping[str, npt.NDArray[Any]]]
+) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """Yields the feeds without the caches that were empty in the first one.
+
+    Raises:
+        ConfigError: One of them is not empty in another feed.
+        TypeError: A feed is no dictionary.
+    """
+    for index, feed in enumerate(feeds):
+        require_feed(feed)
+        for name, array in feed.items():
+            if name in dropped and np.asarray(array).size:
+                raise ConfigError(
+                    f"feed {index}: input {name!r} is a cache that holds something, and the first "
+                    "feed has none; begin with a feed that has one"
+                )
+        yield {name: array for name, array in feed.items() if name not in dropped}
 
 
 def _ignore(_done: int, _total: int) -> None:

@@ -110,7 +110,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
     print_report(report, arguments.json)
     _save_page(report, arguments, destination=arguments.destination)
     if not report.count(CONVERTED):
-        tell(f"nothing was converted, {arguments.destination} is a copy: {_why_nothing(report)}")
+        tell(
+            f"nothing was converted; {arguments.destination} computes what {arguments.model} does: "
+            f"{_why_nothing(report)}"
+        )
     return 0
 
 

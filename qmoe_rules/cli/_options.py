@@ -67,14 +67,18 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 def add_data_options(command: argparse.ArgumentParser, what: str) -> None:
     """Adds the options of how a file of tokens is read, with what a window is."""
     command.add_argument(
-        "--window", type=positive_number, default=256, metavar="N", help=f"{what} (default: 256)"
+        "--window",
+        type=positive_number,
+        default=256,
+        metavar="N",
+        help=f"{what}, of a file of tokens only (default: 256)",
     )
     command.add_argument(
         "--dtype",
         default="uint8",
         choices=TOKEN_DTYPES,
         metavar="{" + ",".join(TOKEN_DTYPES) + "}",
-        help="the numbers in a raw file of tokens (default: uint8)",
+        help="the numbers in a raw file of tokens; others say it themselves (default: uint8)",
     )
 
 

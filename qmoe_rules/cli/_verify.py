@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--inputs", metavar="FILE", help=f"what to run both models on: {DATA} (default: random)"
     )
-    add_data_options(command, "tokens of a file to run on")
+    add_data_options(command, "how many tokens of --inputs to run on")
     command.add_argument(
         "--provider",
         default="CPUExecutionProvider",

@@ -33,6 +33,7 @@ def fuse_experts_rules(*, report: Report | None = None, target: str = "portable"
 
     Raises:
         ConfigError: The target is unknown.
+        TypeError: `report` is no report.
 
     Example:
         >>> from onnxscript import rewriter

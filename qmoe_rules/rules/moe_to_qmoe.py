@@ -51,6 +51,7 @@ def moe_to_qmoe_rules(
 
     Raises:
         ConfigError: The recipe is wrong, or has a budget.
+        TypeError: `recipe` is no recipe, or `report` no report.
 
     Example:
         >>> from onnxscript import rewriter

@@ -50,6 +50,9 @@ def normalize_moe_rules(*, report: Report | None = None) -> RewriteRuleSet:
     Returns:
         A rule set for `onnxscript.rewriter.rewrite`; it belongs before `moe_to_qmoe_rules`.
 
+    Raises:
+        TypeError: `report` is no report.
+
     Example:
         >>> from onnxscript import rewriter
         >>> from qmoe_rules import moe_to_qmoe_rules

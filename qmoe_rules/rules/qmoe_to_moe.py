@@ -42,6 +42,7 @@ def qmoe_to_moe_rules(
 
     Raises:
         ConfigError: QMoE reads no such layout.
+        TypeError: `report` is no report.
 
     Example:
         >>> from onnxscript import rewriter

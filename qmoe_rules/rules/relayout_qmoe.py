@@ -40,6 +40,7 @@ def relayout_qmoe_rules(
 
     Raises:
         ConfigError: QMoE reads no such layout.
+        TypeError: `report` is no report.
 
     Example:
         >>> from onnxscript import rewriter

@@ -78,6 +78,7 @@ def verify(
     Raises:
         ConfigError: An argument is wrong, or there is no ONNX Runtime.
         SourceError: A model cannot be used.
+        TypeError: A model is no path, or `inputs` no dictionary.
 
     Example:
         >>> # verify("model.onnx", "model-int4").raise_if_failed()

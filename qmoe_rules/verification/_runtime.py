@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qmoe_rules.errors import ConfigError
+from qmoe_rules.errors import ConfigError, SourceError
 from qmoe_rules.feeds import drop_caches
 from qmoe_rules.loading import load
 
@@ -98,8 +98,11 @@ def run_file(
     Raises:
         RunError: The model was not loaded, or did not run.
     """
-    model = load(path)
-    drop_caches(model, (name for name, array in feeds.items() if array.size))
+    try:
+        model = load(path)
+    except SourceError as error:
+        raise RunError(str(error)) from error
+    drop_caches(model, feeds)
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     wanted = {f"{_EXTRA}{name}": name for name in extra}
     for output, name in wanted.items():

@@ -46,7 +46,8 @@ def given_feeds(model: ir.Model, inputs: Mapping[str, npt.ArrayLike]) -> Arrays:
     """Returns the user's inputs, and those that follow from them: a mask, positions, a cache.
 
     Raises:
-        ConfigError: Some are missing or unknown, or have another type or shape.
+        ConfigError: Some are missing or unknown, have another type or shape, or look up rows that
+            are not there.
         TypeError: They are no dictionary.
         SourceError: The model has inputs that are no numbers.
     """
