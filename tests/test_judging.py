@@ -57,6 +57,13 @@ PACKED = "the CPU provider takes the bytes for raw ones, as weights_prepacked=1;
             Fault(REFUSED, "the CPU provider does not take int4 in fc1 and int8 in fc2", "storage"),
         ),
         (CUDA, PLAIN, stored("int4", fc2="int8"), None),
+        # Who it is handed to has no such kernel, though its kernel of floats takes the node.
+        (
+            CUDA,
+            replace(PLAIN, dtype="float32"),
+            stored("fp8", 128),
+            Fault(REFUSED, "the CPU provider has no kernel for fp8", "storage"),
+        ),
         # With the node, whose K is 128 in fc1 and 192 in fc2.
         (
             CPU,
