@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import shutil
@@ -30,10 +31,13 @@ from qmoe_rules.saving import (
     write_model,
 )
 from qmoe_rules.staging import HIDDEN, Staging, naming_errors, resolved
+from qmoe_rules.statistics import Calibration
 
 __all__ = ["plan", "quantize"]
 
 logger = logging.getLogger(__name__)
+
+_REPOSITORIES = frozenset({".git", ".hg", ".svn"})  # copied, they would take another one's place
 
 
 def plan(
@@ -86,7 +90,7 @@ def quantize(
 
     Args:
         source: An .onnx file, or a folder that holds one. A folder's other files
-            (configuration, tokenizer) are copied along.
+            (configuration, tokenizer) are copied along, but not a repository's history.
         destination: An .onnx file, or a folder, which takes a model of the source's name.
         recipe: What to do; the default recipe where it is left out.
         workers: Threads that compute and write; all processors where it is left out.
@@ -127,7 +131,10 @@ def quantize(
     guard(model, path, frozenset({found.model.resolve()}))
     with stage_for(path, options) as stage:
         if found.folder is not None and path.parent != found.folder.resolve():
-            _copy_side_files(found.folder, _model_files(found, model), stage, path.parent)
+            apart = _model_files(found, model)
+            if isinstance(recipe.calibration, Calibration):
+                apart.add(Path(recipe.calibration.path).resolve())
+            _copy_side_files(found.folder, apart, stage, path)
             _spare_data(stage, path)
         written = write_model(model, stage, path.name, options)
         stage.commit(path.name)
@@ -213,27 +220,46 @@ def _refuse_inside(source: Source, path: Path) -> None:
         )
 
 
-def _copy_side_files(folder: Path, model_files: set[Path], stage: Staging, target: Path) -> None:
-    """Copies everything in `folder` that is not part of the model into the staging folder."""
-    root = folder.resolve()
+def _copy_side_files(folder: Path, apart: set[Path], stage: Staging, path: Path) -> None:
+    """Copies everything in `folder` but some files into the staging folder.
+
+    Raises:
+        SaveError: A copy would be inside the source or, unless it comes with a model that replaces
+            the one at `path`, would replace another file.
+    """
+    root, target, is_new = folder.resolve(), path.parent, not path.exists()
+    spared = {data for model in target.glob("*.onnx") for data in data_files_at(model)}
     for file in sorted(folder.rglob("*")):
         real = Path(os.path.realpath(file))
         if file.is_symlink() and root not in real.parents:
             logger.warning("%s is not copied: it leads outside %s", file, folder)
             continue
         # Of this save or of another, under way or killed.
-        hidden = any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file() or real in model_files:
+        hidden = any(
+            part.startswith(HIDDEN) or part in _REPOSITORIES
+            for part in file.relative_to(folder).parts
+        )
+        if hidden or not file.is_file() or real in apart:
             continue
         if (goal := target / file.relative_to(folder)).is_relative_to(root):
             raise SaveError(f"refusing to write {goal}: it is inside the source")
-        if file.suffix == ".onnx" and _reads_from(file, model_files):
+        if file.suffix == ".onnx" and _reads_from(file, apart):
             logger.warning("%s is not copied: it shares data with the model", file)
             continue
+        if is_new and goal.exists() and goal not in spared and not _same(file, goal):
+            raise SaveError(
+                f"refusing to replace {goal} by {file}; name another folder as the destination, or "
+                "the .onnx file as the model, which comes without other files"
+            )
         copy = stage.path / file.relative_to(folder)
         with naming_errors(target):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, copy)
+
+
+def _same(file: Path, other: Path) -> bool:
+    with naming_errors(other):
+        return other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
 def _spare_data(stage: Staging, path: Path) -> None:
@@ -254,6 +280,6 @@ def _spare_data(stage: Staging, path: Path) -> None:
                 logger.warning("%s is not copied: %s reads %s", copy.name, model, data)
 
 
-def _reads_from(file: Path, model_files: set[Path]) -> bool:
+def _reads_from(file: Path, apart: set[Path]) -> bool:
     """Returns whether another model reads from the files of this one, which are not copied."""
-    return bool(data_files_at(file) & model_files)
+    return bool(data_files_at(file) & apart)

@@ -52,8 +52,8 @@ class SaveOptions:
     def __post_init__(self) -> None:
         for name in ("workers", "max_shard_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; it may be any number from 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}; it may be any whole number from 1")
 
 
 def save(

@@ -600,6 +600,18 @@ def test_the_source_is_not_overwritten(tiny_fp32: Path) -> None:
         calibrate(tiny_fp32, [], tiny_fp32.with_name("model.onnx.data"))
 
 
+def test_only_a_calibration_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **SMALL.feeds())
+    before = path.read_bytes()
+    with pytest.raises(SaveError, match=r"^refusing to replace .*data.npz, which is no calibratio"):
+        calibrate(single(SMALL), [SMALL.feeds()], path)
+    assert path.read_bytes() == before
+    path.write_bytes(b"")
+    for _ in range(2):
+        assert calibrate(single(SMALL), [SMALL.feeds()], path).path == path
+
+
 # Memory, interruptions.
 
 

@@ -140,6 +140,35 @@ def test_folder_to_file_brings_the_side_files_too(source: Path, tmp_path: Path) 
     assert set(snapshot(tmp_path / "out")) == names | SIDE_FILES
 
 
+@pytest.mark.parametrize("destination", ["out", "out/int4.onnx"])
+def test_files_of_somebody_else_are_not_replaced(
+    source: Path, tmp_path: Path, destination: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("of mine")
+    shutil.copy(source / "tokenizer" / "merges" / "a.txt", tmp_path / "out")
+    before = snapshot(tmp_path)
+    with pytest.raises(SaveError, match=r"^refusing to replace .*out/config.json by .*; name ano"):
+        quantize(source, tmp_path / destination, **RECIPE)
+    assert snapshot(tmp_path) == before
+
+
+def test_files_that_came_with_a_model_are_replaced_with_it(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", **RECIPE)
+    (source / "config.json").write_text("a newer one")
+    quantize(source, tmp_path / "out", **RECIPE)
+    assert (tmp_path / "out" / "config.json").read_text() == "a newer one"
+
+
+def test_history_of_a_repository_stays_behind(source: Path, tmp_path: Path) -> None:
+    for name in (".git/HEAD", "tokenizer/.git/objects/a"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_text("theirs")
+    (source / ".gitattributes").write_text("kept")
+    quantize(source, tmp_path / "out", **RECIPE)
+    assert set(snapshot(tmp_path / "out")) == MODEL | SIDE_FILES | {".gitattributes"}
+
+
 def test_data_files_of_the_source_stay_behind_whatever_their_names(
     source: Path, tmp_path: Path
 ) -> None:
@@ -242,12 +271,11 @@ def test_other_files_of_an_existing_folder_stay(source: Path, tmp_path: Path) ->
     foreign = {"mine.txt": b"1", "other.onnx.data": b"2", "tokenizer/mine.txt": b"3"}
     for name, content in foreign.items():
         (out / name).write_bytes(content)
-    (out / "config.json").write_text("old")
+    shutil.copy(source / "config.json", out)
     quantize(source, out, **RECIPE)
     written = snapshot(out)
     assert set(written) == MODEL | SIDE_FILES | set(foreign)
     assert {name: written[name] for name in foreign} == foreign
-    assert written["config.json"] == b'{"model": "tiny"}'
 
 
 def test_symlinked_file_inside_the_folder_is_copied(source: Path, tmp_path: Path) -> None:
@@ -375,7 +403,7 @@ def test_failed_quantization_leaves_no_side_file_behind(
 ) -> None:
     if exists:
         (tmp_path / "new" / "out").mkdir(parents=True)
-        (tmp_path / "new" / "out" / "config.json").write_text("old")
+        (tmp_path / "new" / "out" / "mine.txt").write_text("old")
 
     def broken(*_: object) -> Any:
         raise RuntimeError("broken")

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from qmoe_rules.calibration._run import Run
 from qmoe_rules.calibration._stages import layers_of, stages_of
-from qmoe_rules.errors import ConfigError, SourceError
+from qmoe_rules.errors import ConfigError, SaveError, SourceError
 from qmoe_rules.feeds import drop_caches, require_feed
 from qmoe_rules.loading import load, locate
 from qmoe_rules.mappings import told_when_lost
@@ -82,7 +82,7 @@ def calibrate(
     if isinstance(feeds, Mapping | str | os.PathLike):
         raise TypeError(
             f"feeds are dictionaries of arrays, one per run, not one {type(feeds).__name__}; a "
-            "list of one will do, and feeds.read_feeds reads files"
+            "list of one will do, and qmoe_rules.feeds.read_feeds reads files"
         )
     whole = _prepared(model)
     feeds = iter(feeds)
@@ -110,6 +110,7 @@ def calibrate(
         return calibration
     path = resolved(Path(destination))
     guard(whole, path)
+    _refuse_to_replace(path)
     with Staging(path.parent, kept_as=path.name) as stage:
         work = stage.unfinished("calibration")
         if not resume:
@@ -123,6 +124,18 @@ def calibrate(
             raise
         stage.commit(path.name)
     return Calibration.load(path)
+
+
+def _refuse_to_replace(path: Path) -> None:
+    """Raises SaveError where there is something else than a calibration, such as the data."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            Calibration.load(path)
+        except SourceError as error:
+            raise SaveError(
+                f"refusing to replace {path}, which is no calibration; remove it, or name another "
+                "file to write"
+            ) from error
 
 
 def _prepared(model: ir.Model | str | os.PathLike[str]) -> ir.Model:
