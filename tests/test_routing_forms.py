@@ -132,6 +132,7 @@ def test_moes_own_routing_in_other_words(write: Written, normalize: bool) -> Non
         # Rounding makes ties, and MoE prefers another one of them.
         lambda b: ranked_after(b, HALF),
         lambda b: ranked_after(b, ir.DataType.INT32, FLOAT),
+        lambda b: ranked_after(b, ir.DataType.INT64),
     ],
 )
 def test_what_is_nearly_moes_own_routing_is_encoded(write: Written) -> None:
@@ -215,6 +216,7 @@ def test_the_best_along_the_last_axis_by_its_number() -> None:
     "write",
     [
         lambda b: best(b),  # along the tokens
+        lambda b: shaped(best(b)),
         lambda b: best(b, axis=0),
         lambda b: best(b, axis=-2),
         lambda b: best(b, axis=-1, keepdims=0),
