@@ -130,6 +130,21 @@ def test_experts_that_fall_back_are_counted_in_the_report(calls: list[Call]) -> 
         ) in row.warnings
 
 
+def test_experts_without_enough_tokens_for_a_mean_have_that_of_all(calls: list[Call]) -> None:
+    model, data = single(SMALL), feeds(2)
+    for feed in data:
+        feed["router_probs"][:, 2] = -1e9
+    calibration = calibrate(model, data)
+    few = int((calibration.counts("moe", "fc1") < 64).sum())
+    assert few
+    _, report = planned(model, method="search", calibration=calibration)
+    (row,) = report.rows
+    assert (
+        f"moe: fc1 of {few} of 4 experts saw fewer than 64 tokens and falls back to the mean "
+        "squares of all"
+    ) in row.warnings
+
+
 def shared_weights() -> ir.Model:
     graph = Graph()
     x, router = graph_inputs(graph, SMALL)
