@@ -602,7 +602,8 @@ def test_the_source_is_not_overwritten(tiny_fp32: Path) -> None:
 
 def test_only_a_calibration_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
-    np.savez(path, **SMALL.feeds())
+    with path.open("wb") as file:
+        np.savez(file, x=SMALL.feeds()["x"])
     before = path.read_bytes()
     with pytest.raises(SaveError, match=r"^refusing to replace .*data.npz, which is no calibratio"):
         calibrate(single(SMALL), [SMALL.feeds()], path)

@@ -40,7 +40,7 @@ def expert(columns: int, spec: Spec) -> _Expert:
 def grid(spec: Spec, point: Array) -> Array:
     """Returns the values of a block's codes, [codes, N]."""
     if spec.format.element is None:
-        return np.arange(spec.format.max_code + 1)[:, None] - point
+        return np.asarray(np.arange(spec.format.max_code + 1)[:, None] - point)
     values = np.arange(16, dtype=np.uint8).view(spec.format.element).astype(np.float64)
     return np.repeat(values[:, None], len(point), axis=1)
 
@@ -48,7 +48,8 @@ def grid(spec: Spec, point: Array) -> Array:
 def nearest_code(target: Array, scale: Array, values: Array) -> Array:
     """Returns which of a block's codes is nearest, in float64."""
     off = np.abs(target - scale * values)
-    return np.take_along_axis(values, off.argmin(axis=0)[None], 0)[0]
+    nearest: Array = np.take_along_axis(values, off.argmin(axis=0)[None], 0)[0]
+    return nearest
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
