@@ -36,7 +36,7 @@ napoleon_use_ivar = True
 # What other packages define has no page here; annotations name the package's own classes by the
 # module that defines them.
 _OTHERS = "collections|concurrent|datetime|np|npt|numpy|onnx_ir|onnxscript|os|pathlib"
-nitpick_ignore_regex = [(r"py:.*", rf"({_OTHERS})\..*"), (r"py:.*", r"qmoe_rules\.\w+\..*")]
+nitpick_ignore_regex = [(r"py:.*", rf"({_OTHERS})(\..*)?"), (r"py:.*", r"qmoe_rules\.\w+\..*")]
 
 
 def _keep_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
