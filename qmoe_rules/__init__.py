@@ -1,13 +1,22 @@
 """Weight-only quantization of Mixture-of-Experts ONNX models, as onnxscript rewrite rules.
 
-The public names, and the rooms that hold them, are imported when they are asked for: a process that
-computes slabs, or prints a help, needs no graphs, and imports none.
+The public names but the errors, and the rooms that hold them, are imported when they are asked for:
+a process that computes slabs, or prints a help, needs no graphs, and imports none.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from qmoe_rules.errors import (
+    ConfigError,
+    QMoEError,
+    SaveError,
+    SourceError,
+    UnsupportedNodeError,
+    VerificationError,
+)
 
 __all__ = [
     "Calibration",
@@ -39,14 +48,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qmoe_rules.calibration import calibrate
-    from qmoe_rules.errors import (
-        ConfigError,
-        QMoEError,
-        SaveError,
-        SourceError,
-        UnsupportedNodeError,
-        VerificationError,
-    )
     from qmoe_rules.inspection import NodeSummary, inspect
     from qmoe_rules.passes import QuantizeMoEPass, prepare
     from qmoe_rules.pipeline import plan, quantize
@@ -66,14 +67,6 @@ if TYPE_CHECKING:
 
 _ROOMS: dict[str, tuple[str, ...]] = {
     "calibration": ("calibrate",),
-    "errors": (
-        "ConfigError",
-        "QMoEError",
-        "SaveError",
-        "SourceError",
-        "UnsupportedNodeError",
-        "VerificationError",
-    ),
     "feeds": (),
     "inspection": ("NodeSummary", "inspect"),
     "loading": (),

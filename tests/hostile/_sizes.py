@@ -32,6 +32,14 @@ for name, lie in LIES.items():
         place(proto, **entries)
 
 
+def inlined(proto: ModelProto) -> TensorProto:
+    """Returns a tensor whose data are no longer in a file, nor anywhere else yet."""
+    tensor = tensor_of(proto)
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]
+    return tensor
+
+
 @proto_case(OUTSIDE)
 def _external_entry_that_nobody_knows(proto: ModelProto) -> None:
     """The parser warns of it: that must not stand in front of the error."""
@@ -109,25 +117,19 @@ for name, dims in {
 
 @proto_case("its shape asks for")
 def _inline_tensor_of_fewer_bytes(proto: ModelProto) -> None:
-    tensor = tensor_of(proto)
-    tensor.ClearField("data_location")
-    del tensor.external_data[:]
+    tensor = inlined(proto)
     tensor.raw_data = bytes(100)
 
 
 @proto_case("its shape asks for")
 def _inline_tensor_of_more_bytes(proto: ModelProto) -> None:
-    tensor = tensor_of(proto)
-    tensor.ClearField("data_location")
-    del tensor.external_data[:]
+    tensor = inlined(proto)
     tensor.raw_data = bytes(2 * 64 * 64 * 4 + 1)
 
 
 @proto_case("its shape asks for")
 def _inline_tensor_of_nothing(proto: ModelProto) -> None:
-    tensor = tensor_of(proto)
-    tensor.ClearField("data_location")
-    del tensor.external_data[:]
+    inlined(proto)
 
 
 @proto_case("its shape asks for")
@@ -170,7 +172,5 @@ def _string_tensor_in_a_file(proto: ModelProto) -> None:
 
 @proto_case("its shape asks for")
 def _typed_data_of_another_type(proto: ModelProto) -> None:
-    tensor = tensor_of(proto)
-    tensor.ClearField("data_location")
-    del tensor.external_data[:]
+    tensor = inlined(proto)
     tensor.int64_data.extend([1] * (2 * 64 * 64))
