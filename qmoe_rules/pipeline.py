@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
 import logging
 import os
-import shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.errors import SaveError, SourceError
 from qmoe_rules.installed import installed
-from qmoe_rules.loading import Source, data_files, data_files_at, load, locate
+from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.measuring import measure, measured_bytes
 from qmoe_rules.passes import QuantizeMoEPass
@@ -30,14 +28,13 @@ from qmoe_rules.saving import (
     stage_for,
     write_model,
 )
-from qmoe_rules.staging import HIDDEN, Staging, naming_errors, resolved
+from qmoe_rules.side_files import copy_side_files
+from qmoe_rules.staging import resolved
 from qmoe_rules.statistics import Calibration
 
 __all__ = ["plan", "quantize"]
 
 logger = logging.getLogger(__name__)
-
-_REPOSITORIES = frozenset({".git", ".hg", ".svn"})  # copied, they would take another one's place
 
 
 def plan(
@@ -134,8 +131,7 @@ def quantize(
             apart = _model_files(found, model)
             if isinstance(recipe.calibration, Calibration):
                 apart.add(Path(recipe.calibration.path).resolve())
-            _copy_side_files(found.folder, apart, stage, path)
-            _spare_data(stage, path)
+            copy_side_files(found.folder, apart, stage, path)
         written = write_model(model, stage, path.name, options)
         stage.commit(path.name)
     report.file_bytes_after = written
@@ -218,68 +214,3 @@ def _refuse_inside(source: Source, path: Path) -> None:
             f"copied into it; name a folder elsewhere, or the model as {source.model}, which comes "
             "without other files"
         )
-
-
-def _copy_side_files(folder: Path, apart: set[Path], stage: Staging, path: Path) -> None:
-    """Copies everything in `folder` but some files into the staging folder.
-
-    Raises:
-        SaveError: A copy would be inside the source or, unless it comes with a model that replaces
-            the one at `path`, would replace another file.
-    """
-    root, target, is_new = folder.resolve(), path.parent, not path.exists()
-    spared = {data for model in target.glob("*.onnx") for data in data_files_at(model)}
-    for file in sorted(folder.rglob("*")):
-        real = Path(os.path.realpath(file))
-        if file.is_symlink() and root not in real.parents:
-            logger.warning("%s is not copied: it leads outside %s", file, folder)
-            continue
-        # Of this save or of another, under way or killed.
-        hidden = any(
-            part.startswith(HIDDEN) or part in _REPOSITORIES
-            for part in file.relative_to(folder).parts
-        )
-        if hidden or not file.is_file() or real in apart:
-            continue
-        if (goal := target / file.relative_to(folder)).is_relative_to(root):
-            raise SaveError(f"refusing to write {goal}: it is inside the source")
-        if file.suffix == ".onnx" and _reads_from(file, apart):
-            logger.warning("%s is not copied: it shares data with the model", file)
-            continue
-        if is_new and goal.exists() and goal not in spared and not _same(file, goal):
-            raise SaveError(
-                f"refusing to replace {goal} by {file}; name another folder as the destination, or "
-                "the .onnx file as the model, which comes without other files"
-            )
-        copy = stage.path / file.relative_to(folder)
-        with naming_errors(target):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, copy)
-
-
-def _same(file: Path, other: Path) -> bool:
-    with naming_errors(other):
-        return other.is_file() and filecmp.cmp(file, other, shallow=False)
-
-
-def _spare_data(stage: Staging, path: Path) -> None:
-    """Takes side files back that would replace the data of a model in the destination.
-
-    A model that is itself replaced by a side file may lose its data; that at `path` may not, for
-    it is whole until the new one is in its place.
-    """
-    for model in sorted(path.parent.glob("*.onnx")):
-        if model != path and (stage.path / model.name).exists():
-            continue
-        for data in sorted(data_files_at(model)):
-            if not data.is_relative_to(path.parent):
-                continue
-            copy = stage.path / data.relative_to(path.parent)
-            if copy.exists():
-                copy.unlink()
-                logger.warning("%s is not copied: %s reads %s", copy.name, model, data)
-
-
-def _reads_from(file: Path, apart: set[Path]) -> bool:
-    """Returns whether another model reads from the files of this one, which are not copied."""
-    return bool(data_files_at(file) & apart)

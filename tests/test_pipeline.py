@@ -248,7 +248,7 @@ def test_destination_that_is_the_source_is_refused(
 ) -> None:
     (tmp_path / "link").symlink_to(source)
     before = snapshot(source)
-    monkeypatch.setattr(pipeline, "Staging", None)
+    monkeypatch.setattr(pipeline, "stage_for", None)
     for given in (source, source / "model.onnx"):
         with pytest.raises(SaveError, match=r"refusing to overwrite .*model\.onnx"):
             quantize(given, tmp_path / spell, **RECIPE)
@@ -384,7 +384,7 @@ def test_source_errors_come_before_anything_is_written(tmp_path: Path) -> None:
 def test_strict_raises_before_writing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "Staging", None)
+    monkeypatch.setattr(pipeline, "stage_for", None)
     before = snapshot(tmp_path)
     with pytest.raises(UnsupportedNodeError, match=r"1 MoE .*excluded by the rec.*layers\.1\.moe"):
         quantize(source, tmp_path / "out", strict=True, nodes_to_exclude=["layers.1.*"])
