@@ -49,7 +49,6 @@ class StoredRule(RewriteRuleClassBase):
         self._source_layout = source_layout
         self._report = report
         self._projections: Projections = {}
-        self._depth = 0
         self._done: set[tuple[object, str | None]] = set()
         self._leftovers = Leftovers()
 
@@ -102,16 +101,10 @@ class StoredRule(RewriteRuleClassBase):
         carry_notes(old, new)
         return new
 
-    def setup(self) -> None:
-        """Enters a graph, or a body inside it."""
-        self._depth += 1
-
     def cleanup(self) -> None:
         """Removes the constants that no node uses any more."""
         self._leftovers.sweep()
-        self._depth -= 1
-        if not self._depth:
-            self._done.clear()
+        self._done.clear()
 
     def register(self, source: ir.Value, key: Hashable, slices: Slices, suffix: str) -> ir.Value:
         """Returns the initializer that holds `slices`, beside the constant it is made of."""

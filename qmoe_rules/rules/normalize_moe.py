@@ -137,8 +137,7 @@ class NormalizeMoE(RewriteRuleClassBase):
         moe: ir.Value = bindings["moe"]
         node = ops.producer(moe)
         inputs = ops.inputs(node)
-        for name in ("fc1_experts_bias", "fc3_experts_weights", "fc3_experts_bias"):
-            inputs[name] = None
+        inputs |= {"fc3_experts_weights": None, "fc3_experts_bias": None}
         for name, interleaved in normalization.fc1.items():
             value = interleaved.register()
             inputs[name] = value
