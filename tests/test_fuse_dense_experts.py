@@ -224,6 +224,10 @@ GATE = "l0.experts.2.gate.weight_t"
         ),
         ({"bias": True, "odd": {2: {"bias": False}}}, "expert 2 has no bias, and others have"),
         (
+            {"flat": True, "odd": {2: {"gemm": True}}},
+            "some weights are stored transposed, and others are not",
+        ),
+        (
             {"homes": {"experts.2.gate.weight_t": "overridable"}},
             f"{GATE} is a graph input, so its default may be overridden at run time",
         ),
@@ -239,6 +243,51 @@ def test_what_is_not_provable_stays(
     fields: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_stays(expert_graphs.model(**fields), reason, caplog)
+
+
+GEMM = Layer(flat=True, gemm=True, bias=True)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"transA": 1}, {"alpha": 2.0}, {"beta": 0.5}], ids=lambda a: next(iter(a))
+)
+def test_a_gemm_that_is_no_linear_map_stays(
+    attributes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = expert_graphs.model(GEMM)
+    gate = next(node for node in model.graph if node.op_type == "Gemm")
+    gate.attributes.update({a.name: a for a in ir.convenience.convert_attributes(attributes)})
+    check_stays(model, "expert 0: what l0.Mul_12 computes is no activation of MoE", caplog)
+
+
+def test_a_gemm_may_say_that_it_has_no_bias() -> None:
+    model = expert_graphs.model(replace(GEMM, bias=False))
+    before = run(model, expert_graphs.feeds(GEMM))[0]
+    for node in model.graph:
+        if node.op_type == "Gemm":
+            node.resize_inputs(3)
+    assert fused(model).rows == []
+    assert relative_error(run(model, expert_graphs.feeds(GEMM))[0], before) < 1e-6
+
+
+def test_an_operator_of_another_domain_is_no_product(caplog: pytest.LogCaptureFixture) -> None:
+    model = expert_graphs.model()
+    for node in model.graph:
+        if node.op_type == "MatMul" and "experts" in str(node.outputs[0].name):
+            node.domain = "local"
+    reason = "is not computed by a linear map with constant weights"
+    check_stays(model, f"expert 0: l0.experts.0.down.MatMul {reason}", caplog)
+
+
+def test_weights_with_another_axis_stay(caplog: pytest.LogCaptureFixture) -> None:
+    """MatMul broadcasts one matrix of weights, [1, K, N], over a batch."""
+    model = expert_graphs.model()
+    for name, value in model.graph.initializers.items():
+        if name.endswith(".gate.weight_t") and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy()[None], name=name)
+            value.shape = ir.Shape(value.const_value.shape)
+    run(model, expert_graphs.feeds())
+    check_stays(model, "l0.experts.0.gate.weight_t is [1, 64, 96]", caplog)
 
 
 def values_of(model: ir.Model, op_type: str) -> list[ir.Value]:
@@ -407,6 +456,25 @@ def test_two_layers_in_a_row_and_the_whole_rewriter() -> None:
         if not name.endswith(("scales", "bias"))
     )
     assert relative_error(run(rewritten, expert_graphs.feeds())[0], before) < 0.03
+
+
+def test_nothing_of_any_layer_is_left() -> None:
+    layer = Layer()
+    graph = Graph()
+    x = expert_graphs.source(graph, layer)
+    first, second = Builder(layer, graph, "l0."), Builder(replace(layer, seed=1), graph, "l1.")
+    middle = first.experts(x)
+    middle.type, middle.shape = x.type, x.shape
+    model = expert_graphs.finished(second, x, second.experts(middle))
+    assert fused(model).rows == []
+    left = Counter(node.op_type for node in model.graph)
+    assert (left["MoE"], left["MatMul"]) == (2, 2)
+    assert {"TopK", "Equal", "ReduceSum", "Div"}.isdisjoint(left)
+    assert set(model.graph.initializers) == {
+        f"l{index}.{name}"
+        for index in (0, 1)
+        for name in ("router", "experts.fc1_experts_weights", "experts.fc2_experts_weights")
+    }
 
 
 def test_layers_that_share_their_weights_share_the_new_ones() -> None:

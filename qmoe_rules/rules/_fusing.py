@@ -115,7 +115,10 @@ class FusingRule(RewriteRuleClassBase):
 
 
 def _remove(nodes: Iterable[ir.Node]) -> dict[ir.Value, None]:
-    """Removes nodes that only use each other's outputs; returns what else they used."""
+    """Removes nodes that only use each other's outputs; returns what else they used.
+
+    `ops.discard` would find them one by one, and ask their input after each for all its users.
+    """
     own = {node: None for node in nodes if node.graph is not None}
     loose = {
         value: None
