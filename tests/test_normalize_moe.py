@@ -248,6 +248,12 @@ def test_gelu_is_geglu(activation: str) -> None:
     assert (values["activation_type"], values["swiglu_fusion"]) == ("geglu", 1)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_a_limit_that_the_activation_never_read_goes(activation: str) -> None:
+    node = the_node(normalize(apart("fc3", activation, swiglu_limit=0.8)), "MoE")
+    assert "swiglu_limit" not in written(node)
+
+
 def test_a_node_keeps_what_is_said_about_it() -> None:
     model = apart()
     node = the_node(model, "MoE")

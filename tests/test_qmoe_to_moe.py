@@ -563,6 +563,20 @@ def test_a_refused_node_stays_as_it_was(case: Refusal, caplog: pytest.LogCapture
     assert (list(node.inputs), dict(node.attributes), list(model.graph.initializers)) == before
 
 
+def test_scales_without_the_type_of_the_activations_ask_for_that_of_the_input() -> None:
+    codes = Codes(Experts(bias=False), Spec(FORMATS["mxfp4"], 32), layout="n_packed")
+    model = codes.model()
+    node = the_node(model)
+    untyped = ir.node("Relu", [node.inputs[0]])
+    model.graph.insert_before(node, untyped)
+    node.replace_input_with(0, untyped.outputs[0])
+    report = Report()
+    apply_rules(model, qmoe_to_moe_rules(report=report))
+    reason = "the type of its input is not known"
+    assert [(row.status, row.reason) for row in report.rows] == [(SKIPPED, reason)]
+    assert the_node(model) is node
+
+
 def test_an_input_that_the_schema_does_not_know_is_a_reason() -> None:
     model = Codes().model()
     node = the_node(model)

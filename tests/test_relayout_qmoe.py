@@ -307,6 +307,26 @@ def test_nodes_in_both_bodies_of_an_if(shared: bool) -> None:
     assert (nodes[0].inputs[2] is nodes[1].inputs[2]) is shared
 
 
+def test_bytes_that_two_nodes_read_in_two_widths_are_moved_twice() -> None:
+    bytes_, narrow = Codes(Experts(activation="relu"), spec_of(8)), spec_of(4)
+    halves = Codes(Experts(activation="relu", hidden=2 * bytes_.experts.hidden), narrow)
+    graph = Graph()
+    x, router = inputs_of(graph, bytes_.experts)
+    wide = graph.input("wide", np.float32, ("tokens", halves.experts.hidden))
+    shared = graph.weight("codes", bytes_.arrays()["fc1_experts_weights"])
+    outputs = []
+    for codes, source in ((bytes_, x), (halves, wide)):
+        name = f"int{codes.fc1.format.bits}"
+        values = {slot: graph.weight(f"{name}.{slot}", a) for slot, a in codes.arrays().items()}
+        values["fc1_experts_weights"] = shared
+        attributes = codes.attributes()
+        outputs.append(append(graph, source, router, values, out=name, name=name, **attributes))
+    for node in nodes_of(relayout(graph.model(*outputs), SM80), "QMoE"):
+        bits = ops.attributes(node)["expert_weight_bits"]
+        moved = [LAYOUTS[SM80].store(e, bits) for e in bytes_.arrays()["fc1_experts_weights"]]
+        np.testing.assert_array_equal(constants(node)["fc1_experts_weights"], moved)
+
+
 def test_codes_behind_other_nodes_are_moved() -> None:
     codes = Codes(Experts(activation="relu"))
     arrays = codes.arrays()
