@@ -106,7 +106,8 @@ def locate(path: str | os.PathLike[str]) -> Source:
         named = itertools.islice(itertools.chain.from_iterable(deeper), 5)
         nested = ", ".join(sorted(str(path.relative_to(given)) for path in named))
         hint = f"name one of {nested}" if nested else "name a folder that holds an .onnx file"
-        raise SourceError(f"{given} holds {len(found)} .onnx files, not one; {hint}")
+        held = f"{len(found)} .onnx files, not one" if found else "no .onnx file itself"
+        raise SourceError(f"{given} holds {held}; {hint}")
     return Source(found[0], given)
 
 

@@ -182,13 +182,14 @@ def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
     if present != report.count(CONVERTED) + report.count(KEPT):
         raise AssertionError(f"{present} QMoE nodes in the model, but: {report.summary()}")
     names = [row.node for row in report.rows]
-    for pattern in recipe.unmatched(names):
-        logger.warning(
-            "pattern %r matches no node; they are %s", pattern, ", ".join(names) or "none"
-        )
+    report.warnings += [
+        f"pattern {pattern!r} matches no node; they are {', '.join(names) or 'none'}"
+        for pattern in recipe.unmatched(names)
+    ]
     if runtime := installed():
-        for remark in runtime.remarks(ops.nodes(model, "QMoE"), recipe.provider_target):
-            logger.warning("%s", remark)
+        report.warnings += runtime.remarks(ops.nodes(model, "QMoE"), recipe.provider_target)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
     report.file_bytes_before = before
     return model, report
 

@@ -163,10 +163,12 @@ class Report:
         rows: One row per node.
         file_bytes_before: Size of the source model with its external data, 0 where unknown.
         file_bytes_after: Size of the model as saved or planned, 0 where unknown.
+        warnings: What is to be told of the model as a whole, such as a pattern that no node has.
     """
 
     file_bytes_before: int = 0
     file_bytes_after: int = 0
+    warnings: list[str] = field(default_factory=list)
     # By a token that the node carries: names are unique within one scope only, and the node
     # itself would keep its whole graph alive.
     _rows: dict[object, Row] = field(default_factory=dict, init=False)
@@ -260,7 +262,7 @@ class Report:
         return self.summary()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data: counts, sizes and rows."""
+        """Returns the report as plain data: counts, sizes, warnings and rows."""
         return {
             "converted": self.count(CONVERTED),
             "skipped": self.count(SKIPPED),
@@ -268,6 +270,7 @@ class Report:
             "file_bytes_before": self.file_bytes_before,
             "file_bytes_after": self.file_bytes_after,
             "ratio": self.ratio,
+            "warnings": list(self.warnings),
             "nodes": [dataclasses.asdict(row) for row in self.rows],
         }
 

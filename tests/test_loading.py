@@ -68,12 +68,12 @@ def test_folder_with_two_models_names_them(source: Path) -> None:
 
 
 def test_folder_whose_model_is_further_down_names_it(source: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds 0 .*name one of source/model\.onnx"):
+    with pytest.raises(SourceError, match=r"holds no .*name one of source/model\.onnx"):
         locate(source.parent.parent)
 
 
 def test_folder_without_a_model_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds 0 \.onnx files, not one; name a folder that"):
+    with pytest.raises(SourceError, match=r"holds no \.onnx file itself; name a folder that"):
         locate(tmp_path)
 
 

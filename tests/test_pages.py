@@ -197,6 +197,15 @@ def test_a_page_is_self_contained() -> None:
     assert "default-src 'none'" in page
 
 
+def test_notes_are_the_warnings_of_the_model_and_of_its_nodes() -> None:
+    rows = [Row(name, CONVERTED, warnings=("it is slow there",)) for name in "ab"]
+    report = _report(*rows)
+    report.warnings.append("a pattern matches no node")
+    page = report_page(report, Recipe())
+    notes = ["a pattern matches no node", "it is slow there"]
+    assert re.findall("<li>(.*)</li>", page) == notes
+
+
 def test_a_report_of_nothing_and_one_of_odd_numbers() -> None:
     assert "nothing to quantize" in Reading(report_page(Report(), Recipe())).text
     odd = ProjectionRow("fc1", "int4 row", 0, 0.0, (0.0, math.nan, math.inf, 1.0))

@@ -103,6 +103,7 @@ def row_from(data: dict[str, Any]) -> Row:
 def test_json_holds_everything_and_comes_back() -> None:
     report = report_of(*MIXED)
     report.file_bytes_before, report.file_bytes_after = 5000, 2000
+    report.warnings.append("pattern 'lm.*' matches no node")
     data = json.loads(report.to_json())
     rows = [row_from(row) for row in data.pop("nodes")]
     assert rows == report.rows
@@ -113,6 +114,7 @@ def test_json_holds_everything_and_comes_back() -> None:
         "file_bytes_before": 5000,
         "file_bytes_after": 2000,
         "ratio": 2.5,
+        "warnings": ["pattern 'lm.*' matches no node"],
     }
     assert json.loads(report.to_json()) == json.loads(json.dumps(report.to_dict()))
 

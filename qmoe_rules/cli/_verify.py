@@ -139,7 +139,7 @@ def _lines(report: VerificationReport) -> Iterator[str]:
     outputs = sorted(report.outputs, key=lambda each: (each.divergence is None, -each.error))
     yield from map(_output, outputs[:_OUTPUTS])
     if len(outputs) > _OUTPUTS:
-        yield f"    {len(outputs) - _OUTPUTS} more outputs, none further off"
+        yield f"    and {len(outputs) - _OUTPUTS} more, none further off"
     worst = list(_worst(report))
     if worst:
         yield f"weights closest to their bound: {worst[0]}"

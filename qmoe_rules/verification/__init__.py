@@ -76,7 +76,8 @@ def verify(
         What was found. `raise_if_failed` turns it into an error.
 
     Raises:
-        ConfigError: An argument is wrong, or there is no ONNX Runtime.
+        ConfigError: An argument is wrong, the float model does not run on `inputs`, or there is no
+            ONNX Runtime.
         SourceError: A model cannot be used.
         TypeError: A model is no path, or `inputs` no dictionary.
 
@@ -108,6 +109,11 @@ def verify(
             run = WholeRun(f"not run: {made}")
         else:
             run = run_both(first, second, made, _extra(names), provider, reason)
+        if given and run.refused:
+            raise ConfigError(
+                f"the float model does not run on the given inputs: {run.refused}; without inputs "
+                "its nodes are fed with random values"
+            )
     captured = [_captured(run, each) for each in names]
     nodes = tuple(
         check_node(pair, comparison, each, settings)

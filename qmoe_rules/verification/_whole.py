@@ -30,13 +30,15 @@ class WholeRun:
     """What came of running both models.
 
     Attributes:
-        told: What they were fed with, or why they did not run.
+        told: Why they did not run, empty where they did.
+        refused: Why the float model did not, empty where it did.
         outputs: One result per output.
         failures: The checks that failed.
         values: Intermediate values by name, those of the float model and of the converted one.
     """
 
     told: str
+    refused: str = ""
     outputs: tuple[OutputResult, ...] = ()
     failures: tuple[Failure, ...] = ()
     values: tuple[Arrays, Arrays] = field(default_factory=lambda: ({}, {}))
@@ -63,7 +65,10 @@ def run_both(
     provider: str,
     obstacle: str | None,
 ) -> WholeRun:
-    """Runs both models and compares their outputs; what cannot run is told, and no failure.
+    """Runs both models and compares their outputs.
+
+    What cannot run is told. It is no failure, unless the float model runs and ONNX Runtime refuses
+    the converted one for a reason that the tables do not know.
 
     Args:
         before: The float model.
@@ -74,7 +79,7 @@ def run_both(
         obstacle: Why the provider does not compute the converted model, or None.
     """
     found: list[dict[str, Array]] = []
-    told = ""
+    failures: list[Failure] = []
     for name, source, names in (("float", before, extra[0]), ("converted", after, extra[1])):
         told = _too_large(source) or (obstacle if source is after else None) or ""
         if not told:
@@ -82,10 +87,15 @@ def run_both(
                 found.append(run_file(source.path, feeds, provider, names))
             except RunError as refusal:
                 told = str(refusal)
+                if found:
+                    reason = f"the float model runs, and the converted one does not: {told}"
+                    failures.append(Failure("outputs", reason))
         if told:
             values: tuple[Arrays, Arrays] = (found[0] if found else {}, {})
-            return WholeRun(f"not run, the {name} model: {told}", values=values)
-    outputs, failures = [], []
+            refused = "" if found else told
+            told = f"not run, the {name} model: {told}"
+            return WholeRun(told, refused, failures=tuple(failures), values=values)
+    outputs = []
     for name in (str(output.name) for output in before.model.graph.outputs):
         expected, actual = (each.get(name) for each in found)
         if expected is None or actual is None or expected.dtype.kind != "f" or not expected.size:
@@ -94,7 +104,7 @@ def run_both(
             reason = f"{name} is not finite everywhere, and it is in the float model"
             failures.append(Failure("outputs", reason))
         outputs.append(_compared(name, expected, actual))
-    return WholeRun("", tuple(outputs), tuple(failures), (found[0], found[1]))
+    return WholeRun("", "", tuple(outputs), tuple(failures), (found[0], found[1]))
 
 
 def _too_large(source: Source) -> str | None:
