@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,20 @@ def tiny_fp32() -> Path:
 def tiny_fp16() -> Path:
     """The same model in float16."""
     return MODELS / "bytelm-tiny8-fp16" / "model.onnx"
+
+
+@pytest.fixture(params=["fp32", "fp16"])
+def tiny(request: pytest.FixtureRequest) -> Path:
+    """The model in either type."""
+    path: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return path
+
+
+@pytest.fixture
+def source(tiny_fp32: Path, tmp_path: Path) -> Path:
+    """A copy of the float32 model that a test may alter."""
+    shutil.copytree(tiny_fp32.parent, tmp_path / "source")
+    return tmp_path / "source" / tiny_fp32.name
 
 
 @pytest.fixture
