@@ -52,6 +52,16 @@ def source(tiny_fp32: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def model_folder(source: Path) -> Path:
+    """A folder with a copy of the float32 model and the files that come with a model."""
+    folder = source.parent
+    (folder / "config.json").write_text('{"model": "tiny"}')
+    (folder / "tokenizer" / "merges").mkdir(parents=True)
+    (folder / "tokenizer" / "merges" / "a.txt").write_text("a b")
+    return folder
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder of shared models; skips the test where it is absent."""
     if not (SHARED / "models").is_dir():
