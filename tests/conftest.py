@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.command import Run
 from tests.sandbox import Sandbox
 
 MODELS = Path(__file__).parent / "models"
@@ -59,6 +60,12 @@ def model_folder(source: Path) -> Path:
     (folder / "tokenizer" / "merges").mkdir(parents=True)
     (folder / "tokenizer" / "merges" / "a.txt").write_text("a b")
     return folder
+
+
+@pytest.fixture
+def qmoe(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The `qmoe` command, in this process."""
+    return Run(capsys)
 
 
 @pytest.fixture
