@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.command import Run
 from tests.sandbox import Sandbox
+from tests.workers import dask_cluster
 
 MODELS = Path(__file__).parent / "models"
 # More real models, where the project is checked out beside them.
@@ -83,3 +85,18 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip("the sandbox asks Linux to keep the limits")
     with Sandbox() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Dask cluster of two worker processes."""
+    with dask_cluster(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Any) -> Iterator[Any]:
+    """A client of the cluster, when both workers are there: one that was killed comes back."""
+    with cluster.get_client() as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
