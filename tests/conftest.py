@@ -55,6 +55,12 @@ def source(tiny_fp32: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a model is to be saved: in a folder that is not there yet."""
+    return tmp_path / "out" / "model.onnx"
+
+
+@pytest.fixture
 def model_folder(source: Path) -> Path:
     """A folder with a copy of the float32 model and the files that come with a model."""
     folder = source.parent
