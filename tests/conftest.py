@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from qmoe_rules.quantizers.engine import kernels
 from tests.command import Run
 from tests.sandbox import Sandbox
 from tests.workers import dask_cluster
@@ -91,6 +92,12 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip("the sandbox asks Linux to keep the limits")
     with Sandbox() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def compiled_engine() -> None:
+    """Without it, every comparison of the engines would compare numpy with itself."""
+    assert kernels() is not None
 
 
 @pytest.fixture(scope="module")
