@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -19,6 +20,9 @@ RECIPE: dict[str, Any] = {"bits": 4, "block_size": 32}
 OPTIONS = ("--bits", "4", "--block-size", "32")
 SLABS = 2 * 2 * 8
 """Of the tiny models: layers, projections, experts."""
+MODEL = {"model.onnx", "model.onnx.data"}
+SIDE_FILES = {"config.json", "tokenizer", "tokenizer/merges", "tokenizer/merges/a.txt"}
+"""Of the fixture `model_folder`, besides the model."""
 
 Tensors = dict[str, tuple[ir.DataType, tuple[int, ...], bytes]]
 
@@ -29,6 +33,18 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
     }
+
+
+def model_bytes(path: Path) -> int:
+    """Returns the size of a saved model: the .onnx file and the data files of its name."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def edit(path: Path, change: Callable[[onnx.ModelProto], object]) -> None:
+    """Changes the .onnx file of a model, and leaves its data alone."""
+    proto = onnx.load(path, load_external_data=False)
+    change(proto)
+    path.write_bytes(proto.SerializeToString())
 
 
 def copied(model: Path, folder: Path) -> Path:

@@ -20,15 +20,9 @@ from qmoe_rules.loading import load
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.passes import QuantizeMoEPass
 from tests.sandbox import Sandbox
-from tests.saves import OPTIONS, RECIPE, SLABS, copied, planned, snapshot, tensors
+from tests.saves import OPTIONS, RECIPE, SLABS, planned, snapshot, tensors
 
 Progress = Callable[[int, int], None]
-
-
-@pytest.fixture
-def source(tiny_fp32: Path, tmp_path: Path) -> Path:
-    """A copy of the float32 model that a test may alter."""
-    return copied(tiny_fp32, tmp_path / "source")
 
 
 def halfway(act: Callable[[], object]) -> Progress:

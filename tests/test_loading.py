@@ -23,13 +23,6 @@ from qmoe_rules import QMoEError, QuantizeMoEPass, SourceError, plan, quantize
 from qmoe_rules.loading import Source, data_files, load, locate
 
 
-@pytest.fixture
-def source(tiny_fp32: Path, tmp_path: Path) -> Path:
-    """A copy of the float32 model that a test may alter."""
-    shutil.copytree(tiny_fp32.parent, tmp_path / "source")
-    return tmp_path / "source" / "model.onnx"
-
-
 def point(source: Path, name: str, **entries: str | int | None) -> None:
     """Changes where the external data of one initializer are said to lie; None removes an entry."""
     proto = onnx.load(source, load_external_data=False)

@@ -16,8 +16,7 @@ from qmoe_rules.rules import (
     qmoe_to_moe_rules,
     relayout_qmoe_rules,
 )
-from tests.contract import Cell
-from tests.test_audit import (
+from tests.audits import (
     INT4,
     INT8,
     MXFP4,
@@ -32,6 +31,7 @@ from tests.test_audit import (
     softmax,
     the_node,
 )
+from tests.contract import Cell
 
 
 @pytest.mark.parametrize(

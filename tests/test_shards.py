@@ -20,7 +20,6 @@ from qmoe_rules.extents import data_names, is_data_name, lay_out
 from tests.saves import (
     OPTIONS,
     RECIPE,
-    copied,
     logits,
     planned,
     saved_by_onnx_ir,
@@ -34,17 +33,6 @@ SHARDS = 6  # of the float32 model
 
 def shard_names(count: int, stem: str = "model", suffixes: str = ".onnx.data") -> set[str]:
     return {f"{stem}-{number:05d}-of-{count:05d}{suffixes}" for number in range(1, count + 1)}
-
-
-@pytest.fixture
-def source(tiny_fp32: Path, tmp_path: Path) -> Path:
-    return copied(tiny_fp32, tmp_path / "source")
-
-
-@pytest.fixture(params=["fp32", "fp16"])
-def tiny(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue(f"tiny_{request.param}")
-    return path
 
 
 def sizes_of(model: ir.Model) -> list[int]:

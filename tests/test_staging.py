@@ -9,12 +9,7 @@ import pytest
 
 from qmoe_rules import SaveError, quantize, save
 from qmoe_rules.staging import Staging
-from tests.saves import RECIPE, copied, planned, snapshot, tensors
-
-
-@pytest.fixture
-def source(tiny_fp32: Path, tmp_path: Path) -> Path:
-    return copied(tiny_fp32, tmp_path / "source")
+from tests.saves import RECIPE, planned, snapshot, tensors
 
 
 @pytest.fixture
