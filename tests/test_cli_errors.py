@@ -30,7 +30,7 @@ def _spoil_inf(source: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.unlink(), "holds 0 .onnx files"),
+        (lambda s: s.unlink(), "holds no .onnx file"),
         (lambda s: shutil.rmtree(s.parent), "does not exist"),
         (_second_model, "holds 2 .onnx files"),
         (lambda s: s.write_text("a\nb\nc\n"), "ONNX model: "),

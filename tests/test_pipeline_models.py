@@ -135,8 +135,9 @@ def test_progress_and_workers_are_passed_on(
 def test_a_pattern_that_matches_no_node_is_told(
     tiny_fp32: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
 ) -> None:
-    plan(tiny_fp32, **fields)
+    report = plan(tiny_fp32, **fields)
     (message,) = [record.getMessage() for record in caplog.records]
+    assert report.warnings == [message]
     assert message.endswith("matches no node; they are layers.0.moe, layers.1.moe")
 
 

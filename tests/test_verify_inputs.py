@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,13 +62,24 @@ def test_a_float_model_that_cannot_run_is_told(tmp_path: Path) -> None:
     assert report.outputs == ()
 
 
-def test_inputs_that_came_to_nothing_are_told(tmp_path: Path) -> None:
+def test_inputs_that_the_float_model_does_not_run_on_are_an_error(tmp_path: Path) -> None:
     after = converted(TINY["fp32"], tmp_path / "out", **INT4)
-    report = verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 300), 9)})
-    assert report.whole_model.startswith("not run, the float model: ")
-    assert report.whole_model.endswith(
-        "; the nodes were fed with random values, not with the given inputs"
-    )
+    with pytest.raises(ConfigError, match=r"^the float model does not run on the given inputs: .*"):
+        verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 300), 9)})
+
+
+def test_a_converted_model_that_does_not_run_fails(tmp_path: Path) -> None:
+    after = converted(TINY["fp32"], tmp_path / "out", **INT4)
+    file = after / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    model.ir_version = 99
+    file.write_bytes(model.SerializeToString())
+    report = verify(TINY["fp32"], after)
+    (failure,) = report.failed
+    assert failure.check == "outputs"
+    assert failure.reason.startswith("the float model runs, and the converted one does not: ")
+    assert "IR version: 99" in report.whole_model
+    assert verify(TINY["fp32"], after, whole_model=False).passed
 
 
 def test_an_empty_cache_of_unknown_width_is_left_out(tmp_path: Path) -> None:

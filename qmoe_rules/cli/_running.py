@@ -46,20 +46,24 @@ def run(argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Shows what the pipeline warns of; the table says what the rules would log.
+    """Shows what the pipeline warns of, and of side files.
 
-    What other libraries would log, such as onnx-ir, is told by our own errors.
+    The table says what the rules would log; what other libraries would log, such as onnx-ir, is
+    told by our own errors.
     """
-    everybody, pipeline = logging.getLogger(), logging.getLogger("qmoe_rules.pipeline")
+    everybody = logging.getLogger()
+    told = [logging.getLogger(f"qmoe_rules.{room}") for room in ("pipeline", "side_files")]
     quiet, shown = logging.NullHandler(), logging.StreamHandler()
     shown.setFormatter(_OneLine())
     everybody.addHandler(quiet)
-    pipeline.addHandler(shown)
+    for logger in told:
+        logger.addHandler(shown)
     try:
         yield
     finally:
         everybody.removeHandler(quiet)
-        pipeline.removeHandler(shown)
+        for logger in told:
+            logger.removeHandler(shown)
 
 
 class _OneLine(logging.Formatter):
