@@ -14,6 +14,7 @@ from qmoe_rules.errors import ConfigError
 from tests.calibrations import SMALL, several
 from tests.moe_models import Arrays, Graph, layers, single
 from tests.moe_models import inputs_of as graph_inputs
+from tests.qmoe_models import Codes
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,12 @@ def test_a_model_without_experts_is_refused() -> None:
     x = graph.input("x", np.float32, (1,))
     with pytest.raises(SourceError, match=r"^there is no MoE node to calibrate$"):
         calibrate(graph.model(graph.op("Relu", x, out="y", like=x)), [])
+
+
+def test_a_quantized_model_is_refused() -> None:
+    reason = "its experts are quantized already; calibrate the float model"
+    with pytest.raises(SourceError, match=rf"^there is no MoE node to calibrate: {reason}$"):
+        calibrate(Codes().model(), [])
 
 
 def test_two_nodes_of_one_name_are_refused() -> None:

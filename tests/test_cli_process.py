@@ -108,6 +108,20 @@ def test_signal_exits_130_and_leaves_nothing(
     assert snapshot(tmp_path) == before
 
 
+def test_ctrl_c_while_everything_is_imported_is_one_line(tiny_fp32: Path) -> None:
+    """Numpy is the first thing that the command imports from elsewhere."""
+    early = """if True:
+        import builtins, signal
+        ours = builtins.__import__
+        def interrupted(name, *rest):
+            if name == "numpy":
+                signal.raise_signal(signal.SIGINT)
+            return ours(name, *rest)
+        builtins.__import__ = interrupted"""
+    done = process("plan", tiny_fp32, before=early)
+    assert (done.returncode, done.stderr) == (130, "qmoe: interrupted; nothing was written\n")
+
+
 def test_handler_of_sigterm_is_given_back(qmoe: Run, source: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     qmoe("plan", source)

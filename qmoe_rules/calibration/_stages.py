@@ -76,6 +76,8 @@ def layers_of(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
             raise SourceError(f"two MoE nodes are named {found.name!r}")
     if not layers:
         reasons = "; ".join(f"{node}: {reason}" for node, reason in left.items())
+        if not left and any(ops.nodes(model, "QMoE")):
+            reasons = "its experts are quantized already; calibrate the float model"
         raise SourceError(f"there is no MoE node to calibrate{': ' if reasons else ''}{reasons}")
     return list(layers.values()), left
 

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a check failed, 2 bad input or usage.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from qmoe_rules.cli._later import import_later
@@ -19,10 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; those of the process where it is left out.
     """
-    import_later()  # before anything imports onnx-ir
+    try:
+        import_later()  # before anything imports onnx-ir
 
-    from qmoe_rules.cli._running import run
-
+        from qmoe_rules.cli._running import run
+    except KeyboardInterrupt:  # within the half second that this takes
+        sys.stderr.write("qmoe: interrupted; nothing was written\n")
+        return 130
     return run(argv)
 
 
