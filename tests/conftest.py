@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from qmoe_rules.quantizers.engine import kernels
+from tests.calibrated import Call, noted_calls
 from tests.command import Run
 from tests.sandbox import Sandbox
 from tests.workers import dask_cluster
@@ -75,6 +76,12 @@ def model_folder(source: Path) -> Path:
 def qmoe(capsys: pytest.CaptureFixture[str]) -> Run:
     """The `qmoe` command, in this process."""
     return Run(capsys)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What the methods gptq and search are called with; they round to nearest instead."""
+    return noted_calls(monkeypatch)
 
 
 @pytest.fixture
