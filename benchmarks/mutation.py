@@ -67,7 +67,8 @@ def _run(module: str, tests: Sequence[str], config: str, jobs: int) -> None:
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, copy)
-    paths = [f"tests/test_{name}.py" for name in tests]
+    found = (sorted(ROOT.glob(f"tests/test_{name}.py")) for name in tests)
+    paths = [str(path.relative_to(ROOT)) for each in found for path in each]
     chosen = (
         f'only_mutate = ["qmoe_rules/{module}.py"]\n'
         f"pytest_add_cli_args_test_selection = {json.dumps(paths)}\n"
