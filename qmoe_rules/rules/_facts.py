@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 
 __all__ = [
+    "axis_of",
     "both_ways",
     "is_last_axis",
     "is_op",
@@ -34,9 +35,14 @@ def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
 
     They are an input, or an attribute before opset 13.
     """
+    return axis_of(node) in (-1, (rank(value) or 0) - 1)
+
+
+def axis_of(node: ir.Node) -> float | None:
+    """Returns the one axis that a node's `axes` are, None where they are not known or not one."""
     axes = node.inputs[1] if len(node.inputs) > 1 else None
-    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
-    return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
+    given = [scalar(axes)] if axes is not None else node.attributes.get_ints("axes", ())
+    return given[0] if len(given) == 1 else None
 
 
 _NEVER_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}
