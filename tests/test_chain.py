@@ -109,6 +109,26 @@ def test_a_share_is_what_it_says(name: str, swapped: bool) -> None:
     assert np.allclose(found, feeds["y"] * chosen)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda b: b.op("Unsqueeze", b.y, b.constant([0])),
+        lambda b: b.op("ReduceSum", b.y, b.constant([0]), keepdims=1),
+        lambda b: b.op("ReduceSum", b.y, b.constant([0]), keepdims=0),
+        lambda b: b.op("ReduceSum", b.y, b.constant([-1]), keepdims=1),
+    ],
+)
+def test_what_is_weighted_may_be_computed_like_the_weight(
+    value: Callable[[Share], ir.Value], swapped: bool
+) -> None:
+    builder = Share(swapped=swapped)
+    builder.y = value(builder)
+    term = term_of(builder.share())
+    assert term is not None
+    assert term.value is builder.y
+
+
 def of_mask(equal: Callable[[Share], ir.Value]) -> Writing:
     return lambda b: b.share(b.total(b.masked(b.mask(equal(b)))))
 

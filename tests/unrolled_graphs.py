@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from tests.expert_graphs import ROUTERS, Builder, Layer, finished, source
-from tests.moe_models import Arrays
+from tests.moe_models import Array, Arrays, run
 
 
 @dataclass(frozen=True)
@@ -167,3 +167,102 @@ def unrolled(form: Form, *more: str, layers: int = 1) -> tuple[ir.Model, Arrays]
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs.extend(values[name] for name in more)
     return model, builder.arrays
+
+
+T, H, E = 4, 6, 5
+
+
+class Cut(Builder):
+    """Writes what one expert, 3, does with its weights and its matrix."""
+
+    def __init__(self, k: int = 2, **fields: Any) -> None:
+        super().__init__(Layer(k=k, **fields))
+        self.x = self.graph.input("x", np.float32, ("T", H))
+        self.stack = self.random("stack", E, H, H)
+        self.indices = self.graph.input("indices", np.int64, ("T", k))
+        self.weights = self.graph.input("weights", np.float32, ("T", k))
+        self.others = self.graph.input("others", np.float32, ("T", k))
+        self.y = self.op("MatMul", self.x, self.matrix())
+
+    def feeds(self) -> Arrays:
+        rng = np.random.default_rng(0)
+        k = self.layer.k
+        return {
+            "x": rng.standard_normal((T, H)).astype(np.float32),
+            "indices": rng.permuted(np.tile(np.arange(2, 2 + k), (T, 1)), axis=1),
+            "weights": rng.random((T, k)).astype(np.float32),
+            "others": rng.random((T, k)).astype(np.float32),
+        }
+
+    def result(self, value: ir.Value, opset: int = 21) -> Array:
+        out = self.op("Identity", value)
+        out.type, out.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, None])
+        return run(self.graph.model(out, opsets={"": opset}), self.feeds())[0]
+
+    # Matrices
+
+    def matrix(self, index: Any = 3, axis: int = 0) -> ir.Value:
+        return self.op("Gather", self.stack, self.number_of(index), axis=axis)
+
+    def number_of(self, index: Any) -> ir.Value:
+        self._count += 1
+        return self.graph.weight(f"index{self._count}", np.array(index))
+
+    def squeezed(self, index: Any = (3,), axis: int | None = 0) -> ir.Value:
+        axes = [] if axis is None else [self.constant([axis])]
+        return self.op("Squeeze", self.matrix(index), *axes)
+
+    def product(self, matrix: ir.Value | None) -> ir.Value:
+        return self.op("MatMul", self.x, matrix)
+
+    # Weights
+
+    def column(
+        self, value: ir.Value, j: int, axis: int = 1, end: int | None = None, squeezed: Any = 1
+    ) -> ir.Value:
+        bounds = (j, j + 1 if end is None else end, axis)
+        cut = self.op("Slice", value, *(self.constant([each]) for each in bounds))
+        return self.op("Squeeze", cut, self.constant([squeezed]))
+
+    def slot(
+        self,
+        j: int,
+        other: int | None = None,
+        weights: ir.Value | None = None,
+        expert: int = 3,
+        **cut: Any,
+    ) -> ir.Value:
+        index = self.column(self.indices, j, **cut)
+        equal = self.op("Equal", index, self.constant(expert))
+        mask = self.op("Cast", equal, to=ir.DataType.FLOAT)
+        weight = self.column(weights or self.weights, j if other is None else other, **cut)
+        return self.op("Mul", mask, weight)
+
+    def zeros(self, like: ir.Value | None = None, number: float = 0, **cut: int) -> ir.Value:
+        shape = self.op("Shape", like or self.x, **(cut or {"start": 0, "end": 1}))
+        return self.filled(shape, number)
+
+    def filled(self, shape: ir.Value, number: float = 0) -> ir.Value:
+        value = ir.tensor(np.array([number], np.float32))
+        return self.op("ConstantOfShape", shape, value=value)
+
+    def sum(self, *values: ir.Value) -> ir.Value:
+        total = values[0]
+        for value in values[1:]:
+            total = self.op("Add", total, value)
+        return total
+
+    def slots(self) -> ir.Value:
+        return self.sum(*(self.slot(j) for j in range(self.layer.k)))
+
+    def tall(self, value: ir.Value, axis: int = 1) -> ir.Value:
+        return self.op("Unsqueeze", value, self.constant([axis]))
+
+    def reshaped(self, value: ir.Value, *sizes: int) -> ir.Value:
+        return self.op("Reshape", value, self.constant(sizes))
+
+    def cast(self, value: ir.Value, to: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        return self.op("Cast", value, to=to)
+
+    def share(self, column: ir.Value) -> ir.Value:
+        return self.op("Mul", self.y, column)

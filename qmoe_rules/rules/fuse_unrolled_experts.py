@@ -100,8 +100,6 @@ class FuseUnrolledExperts(ChainRule[Map]):
         if zeros is not None:
             block = dataclasses.replace(block, nodes=[*block.nodes, *zeros], rest=None)
         source = block.experts.source
-        if rank(source) != 2:
-            return f"the experts' input {source.name} is not 2-D"
         for each in block.nodes:
             shape = producer(each.inputs[0], "Shape") if each.op_type == "ConstantOfShape" else None
             if shape is not None and shape.inputs[0] is not source:
@@ -151,7 +149,7 @@ class _Slot:
 
 def _weight(value: ir.Value | None) -> tuple[_Slot, list[ir.Node]] | None:
     """Reads the weight of one expert, a sum of slots; returns one of them, and all nodes."""
-    nodes: list[ir.Node] = []
+    nodes: dict[ir.Node, None] = {}
     slots: list[_Slot] = []
     pending: list[ir.Value | None] = [value]
     while pending:
@@ -160,21 +158,21 @@ def _weight(value: ir.Value | None) -> tuple[_Slot, list[ir.Node]] | None:
         if add is not None:
             if add in nodes:  # twice as much, and twice the way there
                 return None
-            nodes.append(add)
+            nodes[add] = None
             pending += add.inputs
         elif zeros is not None:
-            nodes += zeros
+            nodes |= dict.fromkeys(zeros)
         else:
             slot = _slot(current)
             if slot is None or not slot.shares_routing(slots[0] if slots else slot):
                 return None
             slots.append(slot)
-            nodes += slot.nodes
+            nodes |= dict.fromkeys(slot.nodes)
     if not slots or rank(slots[0].indices) != 2 or rank(slots[0].weights) != 2:
         return None
     if sorted(slot.column for slot in slots) != list(range(last_size(slots[0].indices) or 0)):
         return None
-    return slots[0], nodes
+    return slots[0], list(nodes)
 
 
 def _slot(value: ir.Value | None) -> _Slot | None:
