@@ -41,6 +41,7 @@ SHARES: dict[str, Writing] = {
     "axes from the end": of_sum(
         lambda b: b.sum(b.slot(0, axis=-1, squeezed=-1), b.slot(1, axis=1, squeezed=-1))
     ),
+    "with steps": of_sum(lambda b: b.sum(b.slot(0, steps=(1,)), b.slot(1, steps=(2,)))),
     "like the weights": of_sum(
         lambda b: b.sum(
             b.slot(0),

@@ -90,10 +90,11 @@ def test_all_maps_are_one_stack() -> None:
 
     array = stack.const_value.numpy()  # type: ignore[union-attr]
     for is_k_major, expected in ((False, array), (True, array.transpose(0, 2, 1))):
-        parts = RULE.parts(maps((0, is_k_major), (1, is_k_major)))
-        assert not isinstance(parts, str)
-        assert list(parts) == ["weights"]
-        assert np.array_equal(parts["weights"].read(0, E), expected)
+        for count in (1, 2):
+            parts = RULE.parts(maps(*((index, is_k_major) for index in range(count))))
+            assert not isinstance(parts, str)
+            assert list(parts) == ["weights"]
+            assert np.array_equal(parts["weights"].read(0, E), expected)
     assert RULE.parts(maps((0, True), (2, True))) == "expert 1 has the weights of expert 2"
     assert RULE.parts(maps((1, True), (1, True))) == "expert 0 has the weights of expert 1"
     mixed = "the weights of either expert 1 or expert 0 are transposed"

@@ -218,9 +218,15 @@ class Cut(Builder):
     # Weights
 
     def column(
-        self, value: ir.Value, j: int, axis: int = 1, end: int | None = None, squeezed: Any = 1
+        self,
+        value: ir.Value,
+        j: int,
+        axis: int = 1,
+        end: int | None = None,
+        squeezed: Any = 1,
+        steps: tuple[int, ...] = (),
     ) -> ir.Value:
-        bounds = (j, j + 1 if end is None else end, axis)
+        bounds = (j, j + 1 if end is None else end, axis, *steps)
         cut = self.op("Slice", value, *(self.constant([each]) for each in bounds))
         return self.op("Squeeze", cut, self.constant([squeezed]))
 

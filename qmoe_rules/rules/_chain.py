@@ -248,6 +248,7 @@ class ChainRule(FusingRule, Generic[M]):
         if reason := _refuse_count(terms):
             return reason
         mlps: list[MLP[M]] = []
+        nodes = [*chain.adds]
         for term in terms:
             if reason := term.refuse_mask():
                 return reason
@@ -255,13 +256,11 @@ class ChainRule(FusingRule, Generic[M]):
             if isinstance(mlp, str):
                 return f"expert {term.expert}: {mlp}"
             mlps.append(mlp)
+            nodes += [*term.nodes, *mlp.nodes]
+            nodes += [inner for each in _maps(mlp) for inner in each.nodes]
         experts = self._experts(terms[0], mlps)
         if isinstance(experts, str):
             return experts
-        nodes = [*chain.adds]
-        for term, mlp in zip(terms, mlps, strict=True):
-            nodes += [*term.nodes, *mlp.nodes]
-            nodes += [inner for each in _maps(mlp) for inner in each.nodes]
         return Block(experts, nodes, name_of(mlps, node), chain.rest)
 
     def _experts(self, term: Term, mlps: Sequence[MLP[M]]) -> Experts | str:

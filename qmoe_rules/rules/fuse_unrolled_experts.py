@@ -101,7 +101,7 @@ class FuseUnrolledExperts(ChainRule[Map]):
             block = dataclasses.replace(block, nodes=[*block.nodes, *zeros], rest=None)
         source = block.experts.source
         for each in block.nodes:
-            shape = producer(each.inputs[0], "Shape") if each.op_type == "ConstantOfShape" else None
+            shape = producer(each.inputs[0], "Shape")  # of which only zeros are made
             if shape is not None and shape.inputs[0] is not source:
                 return f"the zeros {each.outputs[0].name} are not known to be like {source.name}"
         return block
@@ -215,7 +215,7 @@ def _zeros(value: ir.Value | None, end: int | None) -> list[ir.Node] | None:
     shape = None if filled is None else producer(filled.inputs[0], "Shape")
     if filled is None or shape is None or shape.attributes.get_int("start", 0) != 0:
         return None
-    if shape.attributes.get_int("end", None) != end:
+    if shape.attributes.get_int("end") != end:
         return None
-    number = filled.attributes.get_tensor("value", None)
+    number = filled.attributes.get_tensor("value")
     return [*nodes, filled] if number is None or not number.numpy().any() else None
