@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,9 +82,9 @@ def test_all_columns_make_a_share(k: int) -> None:
     assert RULE.term(builder.share(builder.tall(builder.slots()))) is not None
 
 
-def doubled(b: Cut, total: ir.Value) -> ir.Value:
-    """Returns a value times 2 ** 64, as far as adding goes."""
-    for _ in range(64):
+def doubled(b: Cut, total: ir.Value, times: int = 1) -> ir.Value:
+    """Returns what is added to itself again and again."""
+    for _ in range(times):
         total = b.op("Add", total, total)
     return total
 
@@ -157,6 +159,22 @@ def sides(b: Cut) -> Sequence[ir.Value]:
 @pytest.mark.parametrize("name", NO_SHARES)
 def test_what_only_looks_like_a_share_is_none(name: str, swapped: bool) -> None:
     assert RULE.term(NO_SHARES[name](Cut(swapped=swapped))) is None
+
+
+def test_what_is_added_to_itself_is_looked_at_once() -> None:
+    """It has 2 ** 64 ways to its slots; looking is counted in calls."""
+    builder = Cut()
+    value = builder.share(builder.tall(doubled(builder, builder.slots(), 64)))
+    events = itertools.count()
+
+    def count(*_event: object) -> None:
+        assert next(events) < 100_000
+
+    sys.setprofile(count)
+    try:
+        assert RULE.term(value) is None
+    finally:
+        sys.setprofile(None)
 
 
 @pytest.mark.parametrize("which", ["indices", "weights"])
