@@ -175,6 +175,12 @@ def test_a_router_of_more_experts_than_there_are() -> None:
     )
 
 
+def test_a_router_that_chooses_no_expert() -> None:
+    """ONNX Runtime runs it, and would not load a MoE with k=0."""
+    assert read("softmax_topk", k=0) == "l0.indices_4 chooses no expert"
+    assert isinstance(read("softmax_topk", k=1), Routing)
+
+
 def test_softmax_along_another_axis_is_not_moes() -> None:
     builder = Builder(Layer())
     value = builder.op("Softmax", scores(builder.graph), axis=0)

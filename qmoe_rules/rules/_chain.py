@@ -7,8 +7,9 @@ read iteratively, from its last Add; what else is added on its way stays an Add.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +21,46 @@ from qmoe_rules.rules._fusing import Block, FusingRule
 from qmoe_rules.rules._mlp import MLP, Linear, match_mlp
 from qmoe_rules.rules._routing import routing_of
 
-__all__ = ["Chain", "ChainRule", "Map", "Term", "chain_ending_in", "name_of", "term_of"]
+__all__ = [
+    "Chain",
+    "ChainRule",
+    "Map",
+    "Mask",
+    "Term",
+    "chain_ending_in",
+    "mask_of",
+    "name_of",
+    "term_of",
+]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is 1 where an expert was chosen and 0 elsewhere.
+
+    Attributes:
+        expert: Which expert.
+        indices: The chosen experts.
+        cast: The node that makes numbers of what `equal` compares.
+        equal: The node that compares.
+    """
+
+    expert: int
+    indices: ir.Value
+    cast: ir.Node
+    equal: ir.Node
+
+
+def mask_of(value: ir.Value | None) -> Mask | None:
+    """Reads `indices == e` as numbers."""
+    cast = producer(value, "Cast", "CastLike")
+    equal = None if cast is None else producer(cast.inputs[0], "Equal")
+    for indices, number in both_ways(equal):
+        expert = scalar(number)
+        if cast is None or equal is None or indices is None or expert is None or expert % 1:
+            continue
+        return Mask(int(expert), indices, cast, equal)
+    return None
 
 
 @dataclass(frozen=True)
@@ -41,15 +81,15 @@ class Term:
     indices: ir.Value
     weights: ir.Value
     nodes: tuple[ir.Node, ...]
-    mask: ir.Node | None = None
+    mask: ir.Node
 
     def refuse_mask(self) -> str | None:
         """Returns how the types of weights and mask differ, as one exporter's do, or None."""
         known = self.weights.dtype
-        to = 0 if self.mask is None else self.mask.attributes.get_int("to", 0)
-        if known is None or not to or ir.DataType(to) == known:
+        to = ir.DataType(self.mask.attributes.get_int("to", 0))  # CastLike does not say
+        if known is None or to in (known, ir.DataType.UNDEFINED):
             return None
-        return f"expert {self.expert} has {known.name} weights and a {ir.DataType(to).name} mask"
+        return f"expert {self.expert} has {known.name} weights and a {to.name} mask"
 
     def shares_routing(self, other: Term | None) -> bool:
         """Returns whether another term, if it is one, is of the same layer."""
@@ -91,19 +131,16 @@ def term_of(value: ir.Value | None) -> Term | None:
             continue
         masked = producer(total.inputs[0], "Mul")
         for weights, mask in both_ways(masked):
-            cast = producer(mask, "Cast", "CastLike")
-            equal = None if cast is None else producer(cast.inputs[0], "Equal")
-            for indices, number in both_ways(equal):
-                expert = scalar(number)
-                if expert is None or expert % 1 or None in (output, weights, indices):
-                    continue
-                nodes = (product, shape, total, masked, cast, equal)
-                present = tuple(node for node in nodes if node is not None)
-                return Term(int(expert), output, indices, weights, present, cast)
+            found = mask_of(mask)
+            if found is None or None in (output, weights):
+                continue
+            nodes = (product, shape, total, masked, found.cast, found.equal)
+            present = tuple(node for node in nodes if node is not None)
+            return Term(found.expert, output, found.indices, weights, present, found.cast)
     return None
 
 
-def chain_ending_in(node: ir.Node, read: Reader = term_of) -> Chain | None:
+def chain_ending_in(node: ir.Node, read: Reader) -> Chain | None:
     """Returns the chain whose last Add a node is, or None.
 
     Constant time where there is none, else linear in its length.
@@ -113,7 +150,8 @@ def chain_ending_in(node: ir.Node, read: Reader = term_of) -> Chain | None:
         read: Returns the share of an expert that a value is, or None.
     """
     term = next(filter(None, map(read, node.inputs)), None)
-    if term is None or any(_goes_on(term, node.outputs[0], user, read) for user in _users(node)):
+    total = node.outputs[0]
+    if term is None or any(_goes_on(term, total, user, read) for user in total.consumers()):
         return None
     terms: list[Term] = []
     adds: list[ir.Node] = []
@@ -142,10 +180,6 @@ def _step(
     if below is not None and any(first.shares_routing(read(v)) for v in below.inputs):
         return None, below
     return left[0], None
-
-
-def _users(node: ir.Node) -> Iterable[ir.Node]:
-    return node.outputs[0].consumers()
 
 
 def _goes_on(term: Term, total: ir.Value, user: ir.Node, read: Reader) -> bool:
@@ -214,6 +248,7 @@ class ChainRule(FusingRule, Generic[M]):
         if reason := _refuse_count(terms):
             return reason
         mlps: list[MLP[M]] = []
+        nodes = [*chain.adds]
         for term in terms:
             if reason := term.refuse_mask():
                 return reason
@@ -221,13 +256,11 @@ class ChainRule(FusingRule, Generic[M]):
             if isinstance(mlp, str):
                 return f"expert {term.expert}: {mlp}"
             mlps.append(mlp)
+            nodes += [*term.nodes, *mlp.nodes]
+            nodes += [inner for each in _maps(mlp) for inner in each.nodes]
         experts = self._experts(terms[0], mlps)
         if isinstance(experts, str):
             return experts
-        nodes = [*chain.adds]
-        for term, mlp in zip(terms, mlps, strict=True):
-            nodes += [*term.nodes, *mlp.nodes]
-            nodes += [inner for each in _maps(mlp) for inner in each.nodes]
         return Block(experts, nodes, name_of(mlps, node), chain.rest)
 
     def _experts(self, term: Term, mlps: Sequence[MLP[M]]) -> Experts | str:
@@ -264,10 +297,7 @@ def _refuse_count(terms: Sequence[Term]) -> str | None:
 def name_of(mlps: Sequence[MLP[Any]], node: ir.Node) -> str:
     """Returns what the names of all weights begin with, or the name of a node."""
     names = [str(each.constants[0].name) for mlp in mlps for each in _maps(mlp)]
-    first, last = min(names), max(names)  # what these two share, all share
-    size = next(
-        (i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), 0
-    )
-    prefix = first[:size]
+    pairs = zip(min(names), max(names), strict=False)  # what these two share, all share
+    prefix = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     cut = max(prefix.rfind("."), prefix.rfind("/"))
     return prefix[:cut] if cut > 0 else (node.name or str(node.outputs[0].name))

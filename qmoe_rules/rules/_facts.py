@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 
 __all__ = [
+    "axis_of",
     "both_ways",
     "is_last_axis",
     "is_op",
@@ -29,14 +30,21 @@ __all__ = [
 _SMALL = 1 << 16
 
 
-def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
-    """Returns whether a node's `axes` are just the last axis of a value.
+def axis_of(node: ir.Node) -> float | None:
+    """Returns the only one of a node's `axes`, or None.
 
     They are an input, or an attribute before opset 13.
     """
     axes = node.inputs[1] if len(node.inputs) > 1 else None
-    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
-    return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
+    if axes is not None:
+        return scalar(axes)
+    given = node.attributes.get_ints("axes", ())
+    return given[0] if len(given) == 1 else None
+
+
+def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
+    """Returns whether a node's `axes` are just the last axis of a value."""
+    return axis_of(node) in (-1, (rank(value) or 0) - 1)
 
 
 _NEVER_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}

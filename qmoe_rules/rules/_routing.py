@@ -82,6 +82,8 @@ def routing_of(
     if count is None:
         return f"{indices.name} does not come from TopK with a constant k"
     k, width = count
+    if k < 1:
+        return f"{indices.name} chooses no expert"
     if width is None:
         return f"how many experts {indices.name} ranks is not known"
     if width != experts:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qmoe_rules.rules._chain import ChainRule, Map, Term
+from qmoe_rules.rules._chain import ChainRule, Map, Term, mask_of
 from qmoe_rules.rules._experts import Parts, transposed
-from qmoe_rules.rules._facts import both_ways, last_size, producer, rank, scalar
+from qmoe_rules.rules._facts import axis_of, both_ways, last_size, producer, rank, scalar
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.rules._repeats import sizes, without_casts
@@ -35,20 +35,13 @@ class FuseUnrolledExperts(ChainRule[Map]):
         """Reads `expert(x) * weight`."""
         product = producer(value, "Mul")
         for output, column in both_ways(product):
-            if product is None or producer(output, "MatMul") is None:
-                continue
             weight, nodes = _without_column(column)
-            found = None if weight is None else _weight(weight)
-            if found is not None:
-                slot, inner = found
-                return Term(
-                    slot.expert,
-                    output,
-                    slot.indices,
-                    slot.weights,
-                    nodes=(product, *nodes, *inner),
-                    mask=slot.mask,
-                )
+            found = _weight(weight)
+            if product is None or output is None or found is None:
+                continue
+            slot, inner = found
+            nodes = [product, *nodes, *inner]
+            return Term(slot.expert, output, slot.indices, slot.weights, tuple(nodes), slot.mask)
         return None
 
     def linear(self, value: ir.Value) -> Linear[Map] | None:
@@ -65,7 +58,7 @@ class FuseUnrolledExperts(ChainRule[Map]):
             nodes.append(transpose)
         squeeze = producer(matrix, "Squeeze")
         if squeeze is not None:
-            if len(squeeze.inputs) < 2 or scalar(squeeze.inputs[1]) != 0:
+            if axis_of(squeeze) != 0:
                 return None
             matrix = squeeze.inputs[0]
             nodes.append(squeeze)
@@ -84,8 +77,11 @@ class FuseUnrolledExperts(ChainRule[Map]):
         for index, found in enumerate(maps):
             if found.constants[0] is not stack:
                 return f"expert {index} and expert 0 are cut out of different weights"
-            if found.attributes != (index, maps[0].attributes[1]):
-                return f"expert {index} has the weights of expert {found.attributes[0]}"
+            number, is_k_major = found.attributes
+            if number != index:
+                return f"expert {index} has the weights of expert {number}"
+            if is_k_major != maps[0].attributes[1]:
+                return f"the weights of either expert {index} or expert 0 are transposed"
         if stack is None:
             raise AssertionError("a map has a weight")
         weights = resolve(stack)
@@ -104,10 +100,8 @@ class FuseUnrolledExperts(ChainRule[Map]):
         if zeros is not None:
             block = dataclasses.replace(block, nodes=[*block.nodes, *zeros], rest=None)
         source = block.experts.source
-        if rank(source) != 2:
-            return f"the experts' input {source.name} is not 2-D"
         for each in block.nodes:
-            shape = producer(each.inputs[0], "Shape") if each.op_type == "ConstantOfShape" else None
+            shape = producer(each.inputs[0], "Shape")  # of which only zeros are made
             if shape is not None and shape.inputs[0] is not source:
                 return f"the zeros {each.outputs[0].name} are not known to be like {source.name}"
         return block
@@ -120,7 +114,7 @@ def _without_column(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.No
     if node is None:
         return None, []
     if node.op_type == "Unsqueeze":
-        is_column = scalar(node.inputs[1]) in (-1, 1)
+        is_column = axis_of(node) in (-1, 1)
     else:
         shape = sizes(node.outputs[0]) or ()
         is_column = len(shape) == 2 and shape[1] == 1
@@ -153,48 +147,45 @@ class _Slot:
         return mine == others
 
 
-def _weight(value: ir.Value) -> tuple[_Slot, list[ir.Node]] | None:
+def _weight(value: ir.Value | None) -> tuple[_Slot, list[ir.Node]] | None:
     """Reads the weight of one expert, a sum of slots; returns one of them, and all nodes."""
-    nodes: list[ir.Node] = []
+    nodes: dict[ir.Node, None] = {}
     slots: list[_Slot] = []
     pending: list[ir.Value | None] = [value]
     while pending:
         current = pending.pop()
         add, zeros = producer(current, "Add"), _zeros(current, end=1)
         if add is not None:
-            nodes.append(add)
+            if add in nodes:  # twice as much, and twice the way there
+                return None
+            nodes[add] = None
             pending += add.inputs
         elif zeros is not None:
-            nodes += zeros
+            nodes |= dict.fromkeys(zeros)
         else:
             slot = _slot(current)
             if slot is None or not slot.shares_routing(slots[0] if slots else slot):
                 return None
             slots.append(slot)
-            nodes += slot.nodes
+            nodes |= dict.fromkeys(slot.nodes)
     if not slots or rank(slots[0].indices) != 2 or rank(slots[0].weights) != 2:
         return None
     if sorted(slot.column for slot in slots) != list(range(last_size(slots[0].indices) or 0)):
         return None
-    return slots[0], nodes
+    return slots[0], list(nodes)
 
 
 def _slot(value: ir.Value | None) -> _Slot | None:
     """Reads `weights[:, j] * (indices[:, j] == e)`."""
     product = producer(value, "Mul")
     for mask, weight in both_ways(product):
-        cast = producer(mask, "Cast", "CastLike")
-        equal = None if cast is None else producer(cast.inputs[0], "Equal")
-        weights = _column_of(weight)
-        if product is None or cast is None or equal is None or weights is None:
+        found, weights = mask_of(mask), _column_of(weight)
+        indices = None if found is None else _column_of(found.indices)
+        if product is None or found is None or weights is None or indices is None:
             continue
-        for index, number in both_ways(equal):
-            expert, indices = scalar(number), _column_of(index)
-            if expert is None or expert % 1 or indices is None:
-                continue
-            if indices[1] == weights[1]:
-                nodes = (product, cast, equal)
-                return _Slot(int(expert), indices[0], *weights, cast, nodes)
+        if indices[1] == weights[1]:
+            nodes = (product, found.cast, found.equal)
+            return _Slot(found.expert, indices[0], *weights, found.cast, nodes)
     return None
 
 
@@ -204,11 +195,10 @@ def _column_of(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     cut = None if squeeze is None else producer(squeeze.inputs[0], "Slice")
     if squeeze is None or cut is None or cut.inputs[0] is None:
         return None
-    if len(squeeze.inputs) < 2 or len(cut.inputs) < 4:
+    if len(cut.inputs) < 4:
         return None
     start, end, axis = (scalar(bound) for bound in cut.inputs[1:4])
-    axes = (axis, scalar(squeeze.inputs[1]))
-    if start is None or start < 0 or end != start + 1 or any(each not in (-1, 1) for each in axes):
+    if start is None or end != start + 1 or not {axis, axis_of(squeeze)} <= {-1, 1}:
         return None
     return cut.inputs[0], int(start)
 
@@ -225,7 +215,7 @@ def _zeros(value: ir.Value | None, end: int | None) -> list[ir.Node] | None:
     shape = None if filled is None else producer(filled.inputs[0], "Shape")
     if filled is None or shape is None or shape.attributes.get_int("start", 0) != 0:
         return None
-    if shape.attributes.get_int("end", None) != end:
+    if shape.attributes.get_int("end") != end:
         return None
-    number = filled.attributes.get_tensor("value", None)
+    number = filled.attributes.get_tensor("value")
     return [*nodes, filled] if number is None or not number.numpy().any() else None
