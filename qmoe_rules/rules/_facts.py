@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 
 __all__ = [
+    "axis_of",
     "both_ways",
     "is_last_axis",
     "is_op",
@@ -22,6 +23,7 @@ __all__ = [
     "same_size",
     "same_tokens",
     "scalar",
+    "top_k",
     "type_of",
 ]
 
@@ -29,14 +31,21 @@ __all__ = [
 _SMALL = 1 << 16
 
 
-def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
-    """Returns whether a node's `axes` are just the last axis of a value.
+def axis_of(node: ir.Node) -> float | None:
+    """Returns the only one of a node's `axes`, or None.
 
     They are an input, or an attribute before opset 13.
     """
     axes = node.inputs[1] if len(node.inputs) > 1 else None
-    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
-    return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
+    if axes is not None:
+        return scalar(axes)
+    given = node.attributes.get_ints("axes", ())
+    return given[0] if len(given) == 1 else None
+
+
+def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
+    """Returns whether a node's `axes` are just the last axis of a value."""
+    return axis_of(node) in (-1, (rank(value) or 0) - 1)
 
 
 _NEVER_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}
@@ -170,8 +179,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         weight = ops.static_shape(node.inputs[1])
         return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
     if node.op_type == "TopK":
-        k = scalar(node.inputs[1])
-        return None if k is None else int(k)
+        return top_k(node)
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
     if node.op_type == "ReduceSum" and over_last_axis(node, node.inputs[0]):
@@ -225,6 +233,17 @@ def scalar(value: ir.Value | None) -> float | None:
         return None
     number: float = tensor.numpy().reshape(-1)[0].item()
     return number
+
+
+def top_k(node: ir.Node) -> int | None:
+    """Returns how many a TopK chooses, or None.
+
+    It is an input, or an attribute before opset 10.
+    """
+    if len(node.inputs) < 2:
+        return node.attributes.get_int("k", None)
+    k = scalar(node.inputs[1])
+    return None if k is None else int(k)
 
 
 # Operators whose floating-point type is that of their first inputs.

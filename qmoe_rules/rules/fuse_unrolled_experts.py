@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qmoe_rules.rules._chain import ChainRule, Map, Term
 from qmoe_rules.rules._experts import Parts, transposed
-from qmoe_rules.rules._facts import both_ways, last_size, producer, rank, scalar
+from qmoe_rules.rules._facts import axis_of, both_ways, last_size, producer, rank, scalar
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.rules._repeats import sizes, without_casts
@@ -65,7 +65,7 @@ class FuseUnrolledExperts(ChainRule[Map]):
             nodes.append(transpose)
         squeeze = producer(matrix, "Squeeze")
         if squeeze is not None:
-            if len(squeeze.inputs) < 2 or scalar(squeeze.inputs[1]) != 0:
+            if axis_of(squeeze) != 0:
                 return None
             matrix = squeeze.inputs[0]
             nodes.append(squeeze)
@@ -120,7 +120,7 @@ def _without_column(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.No
     if node is None:
         return None, []
     if node.op_type == "Unsqueeze":
-        is_column = scalar(node.inputs[1]) in (-1, 1)
+        is_column = axis_of(node) in (-1, 1)
     else:
         shape = sizes(node.outputs[0]) or ()
         is_column = len(shape) == 2 and shape[1] == 1
@@ -204,10 +204,10 @@ def _column_of(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     cut = None if squeeze is None else producer(squeeze.inputs[0], "Slice")
     if squeeze is None or cut is None or cut.inputs[0] is None:
         return None
-    if len(squeeze.inputs) < 2 or len(cut.inputs) < 4:
+    if len(cut.inputs) < 4:
         return None
     start, end, axis = (scalar(bound) for bound in cut.inputs[1:4])
-    axes = (axis, scalar(squeeze.inputs[1]))
+    axes = (axis, axis_of(squeeze))
     if start is None or start < 0 or end != start + 1 or any(each not in (-1, 1) for each in axes):
         return None
     return cut.inputs[0], int(start)
