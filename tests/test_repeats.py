@@ -279,6 +279,7 @@ def test_once_in_a_row() -> None:
         (None, (-1, 4), "overridable", None),
         (("rows", 4), (3, -1), "overridable", (None, 4)),
         # A declaration that contradicts the node is not believed.
+        ((6, 8), (-1, 4), "constant", (6, 4)),
         (("rows",), (-1, 4), "constant", (None, 4)),
     ],
 )

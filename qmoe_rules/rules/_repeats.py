@@ -20,7 +20,7 @@ __all__ = [
 
 
 def sizes(value: ir.Value) -> tuple[int | None, ...] | None:
-    """Returns the sizes of a value, from its shape or from the Reshape that makes it."""
+    """Returns the sizes of a value, from the Reshape that makes it or else from its shape."""
     known = ops.static_shape(value)
     node = producer(value, "Reshape")
     wanted = None if node is None else _constant(node.inputs[1])
@@ -29,7 +29,7 @@ def sizes(value: ir.Value) -> tuple[int | None, ...] | None:
     asked = tuple(size if size > 0 else None for size in wanted)
     if known is None or len(known) != len(asked):
         return asked
-    return tuple(a if a is not None else b for a, b in zip(known, asked, strict=True))
+    return tuple(a if a is not None else b for a, b in zip(asked, known, strict=True))
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:

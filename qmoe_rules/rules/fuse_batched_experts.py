@@ -18,7 +18,7 @@ from qmoe_rules import ops
 from qmoe_rules.report import Report
 from qmoe_rules.rules._chain import Map, name_of
 from qmoe_rules.rules._experts import Experts, Parts, assemble, transposed
-from qmoe_rules.rules._facts import axis_of, both_ways, last_size, producer, rank
+from qmoe_rules.rules._facts import axis_of, both_ways, producer, rank
 from qmoe_rules.rules._fusing import Block, FusingRule
 from qmoe_rules.rules._mlp import MLP, Linear, match_mlp
 from qmoe_rules.rules._repeats import (
@@ -95,7 +95,7 @@ class FuseBatchedExperts(FusingRule):
 
     def rewrite(self, op: Any, *args: Any, **bindings: Any) -> ir.Value:
         """Builds the node, and casts its output where the sum was computed in another type."""
-        output = super().rewrite(op, *args, **bindings)
+        output = super().rewrite(op, **bindings)
         cast: ir.Value = output if self._dtype is None else op.Cast(output, to=self._dtype)
         return cast
 
@@ -154,7 +154,7 @@ def _without_bias(value: ir.Value) -> tuple[ir.Value, _Rows | None]:
     add = producer(value, "Add")
     for inner, other in both_ways(add):
         rows = _gathered(other)
-        if add is not None and rows is not None and producer(inner, "Squeeze") is not None:
+        if add is not None and rows is not None:
             return inner, dataclasses.replace(rows, nodes=(*rows.nodes, add))
     return value, None
 
@@ -226,8 +226,7 @@ def _routing(indices: ir.Value, tail: _Tail, count: int, source: ir.Value) -> Ro
     """Returns how tokens reach the experts, seen through what only regroups tokens."""
     weights = regrouped(tail.weights)
     # Where a token has several experts, only equally many tokens can meet their weights.
-    is_aligned = tail.k > 1 and last_size(weights) == tail.k
-    routing = routing_of(indices, weights, count, None if is_aligned else source)
+    routing = routing_of(indices, weights, count, source if tail.k == 1 else None)
     if isinstance(routing, str):
         return routing
     if routing.k != tail.k:
