@@ -26,9 +26,9 @@ def node_of(model: ir.Model, op_type: str, index: int = -1) -> ir.Node:
 
 def given(model: ir.Model, numbers: Any, home: str = "initializer") -> ir.Value:
     """Adds integers to a model."""
-    tensor = ir.tensor(np.array(numbers, np.int64), name=f"given{len(model.graph.initializers)}")
-    value = ir.val(str(tensor.name), tensor.dtype, tensor.shape)
-    value.const_value = tensor
+    name, array = f"given{len(model.graph.initializers)}", np.array(numbers, np.int64)
+    value = ir.val(name, ir.DataType.INT64, array.shape)
+    value.const_value = ir.tensor(array, name=name)
     model.graph.initializers.add(value)
     if home == "overridable":
         model.graph.inputs.append(value)

@@ -74,9 +74,9 @@ class FuseBatchedExperts(FusingRule):
         super().__init__(report)
         self._dtype: ir.DataType | None = None
 
-    def pattern(self, op: Any, weighted: Any) -> Any:
+    def pattern(self, op: Any) -> Any:
         """Matches any ReduceSum; `find` looks at its axes."""
-        return op.ReduceSum(weighted, _allow_other_inputs=True, _outputs=["result"])
+        return op.ReduceSum(_allow_other_inputs=True, _outputs=["result"])
 
     def find(self, node: ir.Node) -> Block | str | None:
         """Returns the experts whose results a node sums, and why they stay where they do."""
