@@ -23,7 +23,7 @@ class Form:
         interleaved: Whether gate and up alternate and are not halves.
         gather: GatherND or Gather.
         repeat: How tokens are repeated: expand, range, or wrongly: tile.
-        pairs: Whether nothing is unsqueezed and squeezed behind the biases.
+        pairs: How often something is unsqueezed and squeezed again behind the biases.
         wide: Where a float16 layer is cast: "weighting", "product" or "sum", maybe several.
         routed: The axes of indices and weights: 2, or 3 where they are [1, T, k].
         reads: What the router reads: flat tokens, deep ones [B, S, H], or others, `z` [N, H].
@@ -40,7 +40,7 @@ class Form:
     interleaved: bool = False
     gather: str = "GatherND"
     repeat: str = "expand"
-    pairs: bool = False
+    pairs: int = 0
     wide: tuple[str, ...] = ()
     routed: int = 2
     reads: str = "flat"
@@ -59,7 +59,7 @@ GPT_OSS = Form(
     Layer(experts=5, k=3, router="topk_softmax", bias=True, limit=0.5, alpha=1.702, beta=1.0),
     k_major=True,
     interleaved=True,
-    pairs=True,
+    pairs=1,
 )
 
 
@@ -130,7 +130,7 @@ class Batched(Builder):
             bias = self.rng.standard_normal((layer.experts, rows)).astype(layer.dtype)
             self.keep(f"{name}_bias", bias)
             y = self.op("Add", y, self.pick(f"{name}_bias", bias))
-        if form.pairs:
+        for _ in range(form.pairs):
             y = self.op("Squeeze", self.op("Unsqueeze", y, axis), axis)
         return y
 

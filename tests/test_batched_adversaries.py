@@ -134,8 +134,8 @@ def fused(model: ir.Model) -> Report:
 
 
 GATHER = replace(MIXTRAL, gather="Gather")
-PAIRS = replace(MIXTRAL, pairs=True)
-K_MAJOR = replace(GPT_OSS, pairs=False)
+PAIRS = replace(MIXTRAL, pairs=1)
+K_MAJOR = replace(GPT_OSS, pairs=0)
 BIASED = Form(Layer(experts=5, bias=True))
 SIGMOID = Layer(experts=5, router="sigmoid")
 
@@ -148,6 +148,7 @@ SAME: dict[str, tuple[Form, Edit]] = {
     "the default axis": (GATHER, attribute("Gather", "axis", None)),
     "folded to a size": (MIXTRAL, folded("T", 2, 64)),
     "folded to a known size": (MIXTRAL, axis("Reshape", [7, 2, 64], -2)),
+    "unsqueezed and squeezed twice": (replace(MIXTRAL, pairs=2), several()),
     # What meets the weights of several experts per token is as many tokens.
     "other tokens": (Form(reads="other"), several()),
     "other tokens, encoded": (Form(SIGMOID, reads="other"), several()),
@@ -266,7 +267,7 @@ REASONS: dict[str, tuple[Form, Edit, str]] = {
         "l0.fc2 has shape [5, 64, 96, 1], not [E, N, K]",
     ),
     "more experts": (
-        MIXTRAL,
+        Form(Layer(experts=5, activation="silu")),
         shape("l0.fc2", 6, 64, 96),
         "gate is [5, 96, 64], which asks for down [5, 64, 96], and it is [6, 64, 96]",
     ),
