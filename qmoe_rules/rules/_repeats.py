@@ -132,7 +132,7 @@ def _expands(node: ir.Node, source: ir.Value, shape: Sequence[int | None], k: in
     """Returns whether Expand makes [T, k, ...] of [T, 1, ...], T and the rest as in the source."""
     wanted = _constant(node.inputs[1])
     if wanted is not None:
-        axes = zip(wanted, (shape[0], k, *shape[1:]), strict=False)
+        axes = zip(wanted, (shape[0], k, *shape[1:]), strict=True)
         return (
             len(wanted) == len(shape) + 1 and wanted[1] == k and all(a in (1, b) for a, b in axes)
         )
