@@ -37,7 +37,7 @@ def _constant(value: ir.Value | None) -> list[int] | None:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if value is None or tensor is None or value.is_graph_input():
         return None
-    return [int(number) for number in tensor.numpy().reshape(-1)]
+    return [int(number) for number in tensor.numpy().ravel()]
 
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
