@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnxscript import rewriter
 
 from qmoe_rules import fuse_experts_rules
+from qmoe_rules.report import Report
 from tests import expert_graphs
 from tests.expert_graphs import ROUTERS, Builder, Layer
 from tests.moe_models import nodes_of, relative_error, run
@@ -90,6 +92,62 @@ def test_indices_of_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = layer_with(float_indices, monkeypatch)
     rewriter.rewrite(model, [*fuse_experts_rules()])
     assert nodes_of(model, "MoE") == []
+
+
+class Old(Builder):
+    """Writes operators as they were before their numbers became inputs."""
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        if op_type in ("ReduceSum", "Unsqueeze"):
+            x, axes = inputs
+            assert axes is not None
+            node = axes.producer()
+            assert node is not None
+            (axis,) = node.attributes["value"].as_tensor().numpy().tolist()
+            # The last axis has no negative number yet.
+            return super().op(op_type, x, axes=[2 if axis == -1 else axis], **attributes)
+        return super().op(op_type, *inputs, **attributes)
+
+
+class Oldest(Old):
+    """Writes TopK as it was before its k became an input."""
+
+    def top(self, scores: ir.Value, k: int) -> tuple[ir.Value, ir.Value]:
+        values, indices = super().top(scores, k)
+        node = values.producer()
+        assert node is not None
+        node.resize_inputs(1)
+        node.attributes["k"] = ir.AttrInt64("k", k)
+        return values, indices
+
+
+@pytest.mark.parametrize(("kind", "opset"), [(Old, 12), (Old, 11), (Oldest, 9)])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_models_of_old_opsets_are_read_and_stay(
+    kind: type[Builder], opset: int, keepdims: int
+) -> None:
+    builder = kind(Layer(keepdims=keepdims))
+    x = expert_graphs.source(builder.graph, builder.layer)
+    model = expert_graphs.finished(builder, x, builder.experts(x), opset)
+    run(model, expert_graphs.feeds())
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    report = Report()
+    rewriter.rewrite(ir.from_proto(proto), [*fuse_experts_rules(report=report)])
+    (row,) = report.rows
+    assert row.reason == f"its routing needs opset 13, and the model imports {opset}"
+
+
+def test_columns_of_old_opsets_are_read() -> None:
+    builder = Builder(Layer())
+    x = expert_graphs.source(builder.graph, builder.layer)
+    product = builder.op("MatMul", x, builder.random("w", 64, 64))
+    column = builder.op("Unsqueeze", builder.random("v", 5), axes=[1])
+    total = builder.op("Add", builder.op("Mul", product, column), x)
+    model = expert_graphs.finished(builder, x, total, 12)
+    run(model, expert_graphs.feeds())
+    report = Report()
+    rewriter.rewrite(model, [*fuse_experts_rules(report=report)])
+    assert report.rows == []
 
 
 def _float_numbers(constant: Any) -> Any:

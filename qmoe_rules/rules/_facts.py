@@ -23,6 +23,7 @@ __all__ = [
     "same_size",
     "same_tokens",
     "scalar",
+    "top_k",
     "type_of",
 ]
 
@@ -178,8 +179,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         weight = ops.static_shape(node.inputs[1])
         return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
     if node.op_type == "TopK":
-        k = scalar(node.inputs[1])
-        return None if k is None else int(k)
+        return top_k(node)
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
     if node.op_type == "ReduceSum" and over_last_axis(node, node.inputs[0]):
@@ -233,6 +233,17 @@ def scalar(value: ir.Value | None) -> float | None:
         return None
     number: float = tensor.numpy().reshape(-1)[0].item()
     return number
+
+
+def top_k(node: ir.Node) -> int | None:
+    """Returns how many a TopK chooses, or None.
+
+    It is an input, or an attribute before opset 10.
+    """
+    if len(node.inputs) < 2:
+        return node.attributes.get_int("k", None)
+    k = scalar(node.inputs[1])
+    return None if k is None else int(k)
 
 
 # Operators whose floating-point type is that of their first inputs.

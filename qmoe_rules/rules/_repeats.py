@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import producer, same_size, scalar
+from qmoe_rules.rules._facts import axis_of, producer, same_size, scalar
 
 __all__ = [
     "column",
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def sizes(value: ir.Value) -> tuple[int | None, ...] | None:
-    """Returns the sizes of a value, from its shape or from the Reshape that makes it."""
+    """Returns the sizes of a value, from the Reshape that makes it or else from its shape."""
     known = ops.static_shape(value)
     node = producer(value, "Reshape")
     wanted = None if node is None else _constant(node.inputs[1])
@@ -29,7 +29,7 @@ def sizes(value: ir.Value) -> tuple[int | None, ...] | None:
     asked = tuple(size if size > 0 else None for size in wanted)
     if known is None or len(known) != len(asked):
         return asked
-    return tuple(a if a is not None else b for a, b in zip(known, asked, strict=True))
+    return tuple(a if a is not None else b for a, b in zip(asked, known, strict=True))
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -37,7 +37,7 @@ def _constant(value: ir.Value | None) -> list[int] | None:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if value is None or tensor is None or value.is_graph_input():
         return None
-    return [int(number) for number in tensor.numpy().reshape(-1)]
+    return [int(number) for number in tensor.numpy().ravel()]
 
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -63,7 +63,7 @@ def unflattened(value: ir.Value | None) -> ir.Value | None:
 def column(value: ir.Value | None) -> ir.Value | None:
     """Returns what a value is all elements of, in their order in one column, or None."""
     node = producer(value, "Unsqueeze")
-    if node is not None and scalar(node.inputs[1]) in (-1, 1):
+    if node is not None and axis_of(node) in (-1, 1):
         return unflattened(node.inputs[0])
     node = producer(value, "Reshape")
     return node.inputs[0] if node is not None and _constant(node.inputs[1]) == [-1, 1] else None
@@ -96,7 +96,7 @@ def _picked(value: ir.Value, k: int) -> ir.Value | None:
     rows: ir.Value | None = node.inputs[1]
     if node.op_type == "GatherND":
         unsqueeze = producer(rows, "Unsqueeze")
-        if unsqueeze is None or scalar(unsqueeze.inputs[1]) not in (-1, 1):
+        if unsqueeze is None or axis_of(unsqueeze) not in (-1, 1):
             return None
         rows = unsqueeze.inputs[0]
     numbers = None if rows is None else _repeated(rows, k, 1)
@@ -116,7 +116,7 @@ def _repeated(value: ir.Value, k: int, rank: int) -> ir.Value | None:
     reshape = producer(value, "Reshape")
     expand = None if reshape is None else producer(reshape.inputs[0], "Expand")
     unsqueeze = None if expand is None else producer(expand.inputs[0], "Unsqueeze")
-    if expand is None or unsqueeze is None or scalar(unsqueeze.inputs[1]) != 1:
+    if expand is None or unsqueeze is None or axis_of(unsqueeze) != 1:
         return None
     source = unsqueeze.inputs[0]
     shape = None if source is None else sizes(source)
@@ -132,17 +132,14 @@ def _expands(node: ir.Node, source: ir.Value, shape: Sequence[int | None], k: in
     """Returns whether Expand makes [T, k, ...] of [T, 1, ...], T and the rest as in the source."""
     wanted = _constant(node.inputs[1])
     if wanted is not None:
-        others = [*wanted[:1], *wanted[2:]]
-        same = all(size in (1, known) for size, known in zip(others, shape, strict=False))
-        return len(wanted) == len(shape) + 1 and wanted[1] == k and same
+        axes = zip(wanted, (shape[0], k, *shape[1:]), strict=True)
+        return (
+            len(wanted) == len(shape) + 1 and wanted[1] == k and all(a in (1, b) for a, b in axes)
+        )
     made = node.outputs[0].shape
-    return (
-        made is not None
-        and len(made) == len(shape) + 1
-        and made[1] == k
-        and tuple(made[2:]) == tuple(shape[1:])
-        and _same_length(node.outputs[0], source)
-    )
+    if made is None or tuple(made[1:]) != (k, *shape[1:]):
+        return False
+    return _same_length(node.outputs[0], source)
 
 
 def _same_length(first: ir.Value, second: ir.Value) -> bool:

@@ -18,7 +18,7 @@ from qmoe_rules import ops
 from qmoe_rules.report import Report
 from qmoe_rules.rules._chain import Map, name_of
 from qmoe_rules.rules._experts import Experts, Parts, assemble, transposed
-from qmoe_rules.rules._facts import both_ways, last_size, producer, rank, scalar
+from qmoe_rules.rules._facts import axis_of, both_ways, producer, rank
 from qmoe_rules.rules._fusing import Block, FusingRule
 from qmoe_rules.rules._mlp import MLP, Linear, match_mlp
 from qmoe_rules.rules._repeats import (
@@ -74,9 +74,9 @@ class FuseBatchedExperts(FusingRule):
         super().__init__(report)
         self._dtype: ir.DataType | None = None
 
-    def pattern(self, op: Any, weighted: Any) -> Any:
+    def pattern(self, op: Any) -> Any:
         """Matches any ReduceSum; `find` looks at its axes."""
-        return op.ReduceSum(weighted, _allow_other_inputs=True, _outputs=["result"])
+        return op.ReduceSum(_allow_other_inputs=True, _outputs=["result"])
 
     def find(self, node: ir.Node) -> Block | str | None:
         """Returns the experts whose results a node sums, and why they stay where they do."""
@@ -95,14 +95,14 @@ class FuseBatchedExperts(FusingRule):
 
     def rewrite(self, op: Any, *args: Any, **bindings: Any) -> ir.Value:
         """Builds the node, and casts its output where the sum was computed in another type."""
-        output = super().rewrite(op, *args, **bindings)
+        output = super().rewrite(op, **bindings)
         cast: ir.Value = output if self._dtype is None else op.Cast(output, to=self._dtype)
         return cast
 
 
 def _tail_of(node: ir.Node) -> _Tail | None:
     """Returns how a ReduceSum ends a block, or None; in constant time."""
-    if node.attributes.get_int("keepdims", 1) or _axis(node) not in (1, -2):
+    if node.attributes.get_int("keepdims", 1) or axis_of(node) not in (1, -2):
         return None
     folded, after = without_casts(node.inputs[0])
     reshape = producer(folded, "Reshape")
@@ -131,15 +131,15 @@ def _linear(value: ir.Value) -> Linear[_Gathered] | None:
     product = None if squeeze is None else producer(squeeze.inputs[0], "MatMul")
     if squeeze is None or product is None:
         return None
-    row_major = _axis(squeeze) in (-1, 2)
-    if not row_major and _axis(squeeze) not in (-2, 1):
+    row_major = axis_of(squeeze) in (-1, 2)
+    if not row_major and axis_of(squeeze) not in (-2, 1):
         return None
     weights, vectors = product.inputs if row_major else reversed(product.inputs)
     weight = _gathered(weights)
     unsqueeze = producer(vectors, "Unsqueeze")
     if weight is None or unsqueeze is None or unsqueeze.inputs[0] is None:
         return None
-    if _axis(unsqueeze) not in ((-1, 2) if row_major else (-2, 1)):
+    if axis_of(unsqueeze) not in ((-1, 2) if row_major else (-2, 1)):
         return None
     nodes += [squeeze, product, unsqueeze, *weight.nodes, *(bias.nodes if bias else ())]
     constants = (weight.constant, bias.constant if bias else None)
@@ -154,7 +154,7 @@ def _without_bias(value: ir.Value) -> tuple[ir.Value, _Rows | None]:
     add = producer(value, "Add")
     for inner, other in both_ways(add):
         rows = _gathered(other)
-        if add is not None and rows is not None and producer(inner, "Squeeze") is not None:
+        if add is not None and rows is not None:
             return inner, dataclasses.replace(rows, nodes=(*rows.nodes, add))
     return value, None
 
@@ -167,14 +167,10 @@ def _without_pairs(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
         unsqueeze = None if squeeze is None else producer(squeeze.inputs[0], "Unsqueeze")
         if squeeze is None or unsqueeze is None or unsqueeze.inputs[0] is None:
             return value, nodes
-        if _axis(squeeze) is None or _axis(squeeze) != _axis(unsqueeze):
+        if axis_of(squeeze) is None or axis_of(squeeze) != axis_of(unsqueeze):
             return value, nodes
         nodes += [squeeze, unsqueeze]
         value = unsqueeze.inputs[0]
-
-
-def _axis(node: ir.Node) -> float | None:
-    return scalar(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -230,8 +226,7 @@ def _routing(indices: ir.Value, tail: _Tail, count: int, source: ir.Value) -> Ro
     """Returns how tokens reach the experts, seen through what only regroups tokens."""
     weights = regrouped(tail.weights)
     # Where a token has several experts, only equally many tokens can meet their weights.
-    is_aligned = tail.k > 1 and last_size(weights) == tail.k
-    routing = routing_of(indices, weights, count, None if is_aligned else source)
+    routing = routing_of(indices, weights, count, source if tail.k == 1 else None)
     if isinstance(routing, str):
         return routing
     if routing.k != tail.k:
