@@ -92,6 +92,39 @@ def test_indices_of_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes_of(model, "MoE") == []
 
 
+def the_best_of_all_tokens(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """One weight for all tokens, the largest."""
+    indices, weights = ROUTERS["sigmoid"](builder, x)
+    best, _ = builder.top(weights, 1)
+    builder.graph.nodes[-1].attributes["axis"] = ir.AttrInt64("axis", 0)
+    return indices, best
+
+
+def test_weights_that_are_ranked_among_tokens_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = layer_with(the_best_of_all_tokens, monkeypatch, k=1, flat=True)
+    feeds = expert_graphs.feeds(layer)
+    expected = run(model, feeds)[0]
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    assert nodes_of(model, "MoE") == []
+    assert np.array_equal(run(model, feeds)[0], expected)
+
+
+def test_what_is_chosen_by_its_name_stays() -> None:
+    """A sum of what a text selects looks like an expert's weight, and its number is a text."""
+    builder = Builder(Layer())
+    x = builder.graph.input("x", np.float32, ("tokens", 2))
+    names = ir.val("names", ir.DataType.STRING, ["tokens", 2])
+    builder.graph.inputs.append(names)
+    equal = builder.op("Equal", names, builder.op("Constant", value_string="0"))
+    mask = builder.op("Cast", equal, to=ir.DataType.FLOAT)
+    weight = builder.op("ReduceSum", builder.op("Mul", x, mask), builder.constant([-1]), keepdims=1)
+    y = builder.op("Add", builder.op("Mul", x, weight), x)
+    y.type, y.shape = x.type, x.shape
+    model = builder.graph.model(y)
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    assert nodes_of(model, "MoE") == []
+
+
 def _float_numbers(constant: Any) -> Any:
     def as_floats(builder: Builder, value: Any, dtype: Any = np.int64) -> ir.Value:
         made: ir.Value = constant(builder, value, np.float32 if isinstance(value, int) else dtype)
