@@ -277,6 +277,5 @@ def number(value: ir.Value | None) -> float | None:
     shape = None if node is None else ops.static_shape(node.inputs[0])
     if node is None or shape is None:
         return scalar(value)
-    start = node.attributes.get_int("start", 0)
-    sizes = shape[start : node.attributes.get_int("end", len(shape))]
+    sizes = shape[node.attributes.get_int("start") : node.attributes.get_int("end")]
     return sizes[0] if len(sizes) == 1 else None

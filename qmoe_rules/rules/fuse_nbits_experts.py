@@ -31,6 +31,7 @@ _INPUTS = ("weights", "scales", "zero_points", "g_idx", "bias")
 # The compute types that MatMulNBits may choose from; QMoE computes as exactly as the activations.
 _ACCURACY_LEVELS = range(5)
 _WIDTHS = (2, 4, 8)
+_ATTRIBUTES = {"K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class _Storage:
     bits: int
     block_size: int
     accuracy_level: int
+    weight_prepacked: int
+    unknown: tuple[str, ...]
 
     @property
     def blocks(self) -> int:
@@ -63,6 +66,10 @@ class _Storage:
 
     def refuse(self) -> str | None:
         """Returns why QMoE cannot store it so, or None."""
+        if self.unknown:
+            return f"MatMulNBits has no attribute {self.unknown[0]!r}"
+        if self.weight_prepacked:
+            return f"MatMulNBits with weight_prepacked={self.weight_prepacked}, an order of its own"
         if self.bits not in _WIDTHS:
             return f"MatMulNBits with {self.bits} bits"
         if self.block_size < 1 or self.columns % self.block_size:
@@ -193,7 +200,13 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
         return None
     get = node.attributes.get_int
     storage = _Storage(
-        get("N", 0), get("K", 0), get("bits", 4), get("block_size", 0), get("accuracy_level", 0)
+        get("N", 0),
+        get("K", 0),
+        get("bits", 4),
+        get("block_size", 0),
+        get("accuracy_level", 0),
+        get("weight_prepacked", 0),
+        tuple(sorted(set(node.attributes) - _ATTRIBUTES)),
     )
     inputs = [None if value is None or value.name == "" else value for value in node.inputs[1:]]
     inputs += [None] * (len(_INPUTS) - len(inputs))
