@@ -163,16 +163,16 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         return shape[-1]
     node = None if value is None else value.producer()
     if node is not None and ops.is_op(node, "MatMulNBits"):
-        return node.attributes.get_int("N", 0) or None
+        return node.attributes.get_int("N")
     if node is None or node.domain != "" or not depth:
         return None
     if node.op_type == "Gemm":
         weight = ops.static_shape(node.inputs[1])
-        return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
+        return weight[0 if node.attributes.get_int("transB") else 1] if weight else None
     if node.op_type == "TopK":
         k = scalar(node.inputs[1]) if _is_along_last_axis(node) else None
         return None if k is None else int(k)
-    if node.op_type == "MatMul" and (rank(node.inputs[1]) or 0) < 2:
+    if node.op_type == "MatMul" and rank(node.inputs[1]) in (None, 1):
         return None  # a vector takes the axis away
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
@@ -234,7 +234,7 @@ def scalar(value: ir.Value | None) -> float | None:
     # Broadcasting more axes could give the result more, too.
     if tensor is None or tensor.size != 1 or len(tensor.shape) > 1:
         return None
-    number: float = tensor.numpy().reshape(-1)[0].item()
+    number: float = tensor.numpy().item()
     return number
 
 
