@@ -211,7 +211,7 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_node_computes_what_the_experts_did(form: dict[str, Any]) -> None:
     layer = Layer(**form)
     model, feeds = layer.model(layer.experts), layer.feeds()
@@ -221,7 +221,7 @@ def test_the_node_computes_what_the_experts_did(form: dict[str, Any]) -> None:
     assert relative_error(found, layer.expected(feeds)) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_attribute_and_input_of_the_node(form: dict[str, Any]) -> None:
     layer = Layer(**form)
     layer.model(layer.experts)

@@ -199,7 +199,6 @@ SHOWN = "swiglu(alpha=1.5, beta=0.5, limit=7.0)"
         ({"gate": ("g1", EVEN)}, f"{SHOWN} of the even columns, and expert 0 {SHOWN}"),
         ({"up": ("u1", ODD)}, f"{SHOWN}, and expert 0 {SHOWN}"),
     ],
-    ids=str,
 )
 def test_experts_that_differ(fields: dict[str, Any], reason: str) -> None:
     if "applied" not in reason:
@@ -214,7 +213,6 @@ def test_experts_that_differ(fields: dict[str, Any], reason: str) -> None:
         ({"up": ("?u", EVEN)}, "nothing is known of ?u"),
         ({"down": "?d"}, "nothing is known of ?d"),
     ],
-    ids=str,
 )
 def test_maps_that_cannot_be_stacked(fields: dict[str, Any], reason: str) -> None:
     assert assembled(mlp(**fields), mlp(**fields)) == reason
@@ -290,7 +288,6 @@ def rows(shape: Sequence[int | str] | None, dtype: ir.DataType | None = None) ->
         },
         QUANTIZED,
     ],
-    ids=str,
 )
 def test_what_moe_computes(fields: dict[str, Any]) -> None:
     assert refuse_experts(experts(**fields), 16) is None
@@ -352,7 +349,6 @@ def test_what_moe_computes(fields: dict[str, Any]) -> None:
             "rows is FLOAT16, and the experts are FLOAT",
         ),
     ],
-    ids=str,
 )
 def test_what_moe_does_not_compute(fields: dict[str, Any], reason: str) -> None:
     assert refuse_experts(experts(**fields), 16) == reason

@@ -225,7 +225,6 @@ CODES, SCALES, POINTS, ORDER, BIAS = 1, 2, 3, 4, 5
             "l0.MatMulNBits_1.5 is [64], and its attributes ask for [128]",
         ),
     ],
-    ids=str,
 )
 def test_maps_that_qmoe_cannot_store(changes: dict[Any, Any], reason: str) -> None:
     b = Maps()
@@ -253,6 +252,14 @@ def test_maps_that_differ() -> None:
     computed = b.map("computed")
     node_of(computed).replace_input_with(1, b.op("Abs", b.value("codes")))
     assert stacked(computed, computed) == f"{b.graph.nodes[-1].outputs[0].name} is not a constant"
+
+
+@pytest.mark.parametrize("shape", [(128, 1), (1, 128), (1,)])
+def test_what_is_added_is_a_bias_only_if_it_is_one_number_per_output(shape: Any) -> None:
+    """Where there are as many tokens as outputs, [128, 1] adds a number to each token."""
+    b = Maps()
+    biased = b.op("Add", b.map(), b.random("b", *shape))
+    assert stacked(biased) == f"l0.b is {list(shape)}, and its attributes ask for [128]"
 
 
 def test_what_is_not_said_of_a_map() -> None:
@@ -296,7 +303,6 @@ CUDA_SIZES = (
         ({"down": {"rows": 32}}, "gate is [128, 64], and down [32, 128]"),
         ({"down": {"columns": 64}}, "gate is [128, 64], and down [64, 64]"),
     ],
-    ids=str,
 )
 def test_maps_of_one_expert_that_do_not_fit(odd: Any, reason: str) -> None:
     assert find(**odd) == reason
@@ -331,7 +337,6 @@ def test_maps_of_one_expert_that_do_not_fit(odd: Any, reason: str) -> None:
             "1 of block_size=64",
         ),
     ],
-    ids=str,
 )
 def test_what_a_target_gets_wrong(fields: dict[str, Any], target: str, reason: str) -> None:
     assert find(replace(INT4, **fields), target) == reason

@@ -22,6 +22,7 @@ from qmoe_rules.rules._experts import Experts, Parts, derived, stack
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.slices import Slices
+from qmoe_rules.statistics import PROJECTIONS
 from qmoe_rules.targets import Target
 
 __all__ = ["FuseNBitsExperts"]
@@ -152,7 +153,7 @@ class FuseNBitsExperts(ChainRule[Map]):
                 return f"both {spec} and {found} weights"
         if (down.rows, down.columns) != (gate.columns, experts.gate["weights"].shape[1]):
             return f"gate is {[gate.rows, gate.columns]}, and down {[down.rows, down.columns]}"
-        specs = {"fc1": spec, "fc2": spec}
+        specs = dict.fromkeys(PROJECTIONS, spec)
         return self._target.refuse_storage(specs, "raw") or self._target.refuse(
             _facts(experts), specs
         )
@@ -179,7 +180,7 @@ class FuseNBitsExperts(ChainRule[Map]):
             stored=f"{spec}, raw, as they were",
             bytes_before=nbytes,
             bytes_after=nbytes,
-            warnings=self._target.warnings(facts, {"fc1": spec, "fc2": spec}),
+            warnings=self._target.warnings(facts, dict.fromkeys(PROJECTIONS, spec)),
         )
         self._report.record(replacement, row)
 
@@ -214,10 +215,13 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
 
 
 def _shaped(slices: Slices | str, shape: tuple[int, ...], name: str) -> Slices | str:
-    """Returns slices [E, *shape] of slices that hold as many numbers in the same order."""
+    """Returns slices [E, *shape] of slices that hold as many numbers in the same order.
+
+    A shape of one axis has to be given: any other is added to the tokens, or to more axes.
+    """
     if isinstance(slices, str):
         return slices
-    if math.prod(slices.shape[1:]) != math.prod(shape):
-        given = list(slices.shape[1:])
-        return f"{name} is {given}, and its attributes ask for {list(shape)}"
+    given = slices.shape[1:]
+    if math.prod(given) != math.prod(shape) or (len(shape) == 1 and given != shape):
+        return f"{name} is {list(given)}, and its attributes ask for {list(shape)}"
     return derived(slices, shape, lambda block: block.reshape(len(block), *shape))
