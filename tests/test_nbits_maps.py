@@ -166,7 +166,7 @@ def test_bytes_stay_as_they_are(bits: int) -> None:
         ):
             (stored,) = (v for v in b.graph.initializers if v.name == f"l0.map{index}.{name}")
             assert stored.const_value is not None
-            assert found[part].read(index, index + 1).tobytes() == stored.const_value.tobytes()
+            assert found[part].read(0, 2)[index].tobytes() == stored.const_value.tobytes()
 
 
 def test_parts_that_a_map_does_not_have() -> None:
@@ -197,6 +197,10 @@ CODES, SCALES, POINTS, ORDER, BIAS = 1, 2, 3, 4, 5
         ({"bits": 3}, "MatMulNBits with 3 bits"),
         ({"block_size": 0}, "64 columns are not whole blocks of 0"),
         ({"block_size": -32}, "64 columns are not whole blocks of -32"),
+        (
+            {"block_size": 1},
+            "l0.map0.scales is [128, 2], and its attributes ask for [128, 64]",
+        ),
         ({"block_size": 48}, "64 columns are not whole blocks of 48"),
         ({"accuracy_level": -1}, "MatMulNBits with accuracy_level=-1"),
         ({"accuracy_level": 5}, "MatMulNBits with accuracy_level=5"),
@@ -242,6 +246,12 @@ def test_an_accuracy_level_is_a_permission(level: int) -> None:
     assert not isinstance(stacked(*maps), str)
 
 
+@pytest.mark.parametrize("name", ["accuracy_level", "weight_prepacked"])
+def test_a_default_may_be_written_out(name: str) -> None:
+    b = Maps()
+    assert not isinstance(stacked(changed(b.map("map0"), name, 0), b.map("map1")), str)
+
+
 def test_maps_that_differ() -> None:
     b = Maps()
     plain, offset = b.map("plain"), b.map("offset", zero_points=True)
@@ -272,6 +282,9 @@ def test_what_is_not_said_of_a_map() -> None:
     reason = "l0.map.codes is [128, 2, 16], and its attributes ask for [128, 0]"
     assert stacked(value) == reason
     assert not isinstance(stacked(changed(value, "K", 64)), str)  # of 4 bits
+    del node_of(value).attributes["N"]
+    reason = "l0.map.codes is [128, 2, 16], and its attributes ask for [0, 32]"
+    assert stacked(value) == reason
 
 
 # Experts

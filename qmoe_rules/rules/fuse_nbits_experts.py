@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qmoe_rules import ops
@@ -47,23 +48,14 @@ class _Storage:
     weight_prepacked: int
     unknown: tuple[str, ...]
 
-    @property
-    def blocks(self) -> int:
-        """Scales per row."""
-        return -(-self.columns // self.block_size)
-
     def spec(self, zero_points: bool) -> Spec:
         """Returns the same as QMoE says it."""
         return Spec(FORMATS[f"int{self.bits}"], self.block_size, symmetric=not zero_points)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the parts of one expert, as QMoE has them."""
-        return {
-            "weights": (self.rows, self.columns * self.bits // 8),
-            "scales": (self.rows, self.blocks),
-            "zero_points": (self.rows, -(-self.blocks * self.bits // 8)),
-            "bias": (self.rows,),
-        }
+        parts = self.spec(zero_points=True).parts(self.rows, self.columns, np.dtype(np.float32))
+        return {name: shape for name, (shape, _) in parts.items()} | {"bias": (self.rows,)}
 
     def refuse(self) -> str | None:
         """Returns why QMoE cannot store it so, or None."""
