@@ -12,6 +12,7 @@ from qmoe_rules.rules._facts import (
     is_op,
     not_negative,
     number,
+    operand,
     over_last_axis,
     producer,
     rank,
@@ -231,5 +232,6 @@ def test_nodes_are_of_the_standard_domain() -> None:
     assert (producer(value, "Mul"), producer(b.x, "Add"), producer(None, "Add")) == (None,) * 3
     assert both_ways(node) == ((b.x, b.other), (b.other, b.x))
     assert both_ways(None) == ()
+    assert [operand(node, position) for position in range(3)] == [b.x, b.other, None]
     other = b.op("Add", b.x, b.other, domain="com.microsoft")
     assert producer(other, "Add") is None

@@ -11,6 +11,7 @@ import pytest
 from onnxscript import rewriter
 
 from qmoe_rules import fuse_experts_rules
+from qmoe_rules.rules import apply_rules
 from tests import expert_graphs
 from tests.expert_graphs import ROUTERS, Builder, Layer
 from tests.moe_models import nodes_of, relative_error, run
@@ -83,6 +84,24 @@ def test_whatever_is_fused_computes_the_same(
     expected = run(model, feeds)[0]
     fused = rewriter.rewrite(without_types(model), [*fuse_experts_rules()])
     assert relative_error(run(fused, feeds)[0], expected) <= tolerance
+
+
+def top_of_an_old_opset(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    indices, weights = ROUTERS["softmax_topk"](builder, x)
+    top = builder.graph.nodes[-1]
+    top.resize_inputs(1)
+    top.attributes["k"] = ir.AttrInt64("k", builder.layer.k)
+    return indices, weights
+
+
+def test_k_that_is_an_attribute_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = layer_with(top_of_an_old_opset, monkeypatch)
+    model.graph.opset_imports[""] = 9
+    apply_rules(model, fuse_experts_rules())
+    assert nodes_of(model, "MoE") == []
+    assert caplog.messages[0].endswith("does not come from TopK with a constant k")
 
 
 def test_indices_of_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:

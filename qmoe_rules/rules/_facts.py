@@ -16,6 +16,7 @@ __all__ = [
     "last_size",
     "not_negative",
     "number",
+    "operand",
     "over_last_axis",
     "producer",
     "rank",
@@ -34,7 +35,7 @@ def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
 
     They are an input, or an attribute before opset 13.
     """
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = operand(node, 1)
     given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
     return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
 
@@ -170,7 +171,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         weight = ops.static_shape(node.inputs[1])
         return weight[0 if node.attributes.get_int("transB") else 1] if weight else None
     if node.op_type == "TopK":
-        k = scalar(node.inputs[1]) if _is_along_last_axis(node) else None
+        k = scalar(operand(node, 1)) if _is_along_last_axis(node) else None
         return None if k is None else int(k)
     if node.op_type == "MatMul" and rank(node.inputs[1]) in (None, 1):
         return None  # a vector takes the axis away
@@ -200,6 +201,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """Returns the node of one of these operators that computes a value, or None."""
     node = None if value is None else value.producer()
     return node if node is not None and is_op(node, *op_types) else None
+
+
+def operand(node: ir.Node, position: int) -> ir.Value | None:
+    """Returns an input of a node, None where it is left out: old opsets have attributes instead."""
+    return node.inputs[position] if position < len(node.inputs) else None
 
 
 def both_ways(node: ir.Node | None) -> tuple[Sequence[Any], ...]:

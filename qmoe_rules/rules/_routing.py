@@ -21,6 +21,7 @@ from qmoe_rules.rules._facts import (
     is_op,
     last_size,
     not_negative,
+    operand,
     over_last_axis,
     producer,
     same_tokens,
@@ -171,7 +172,7 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
     if node is None:
         return None
     if is_op(node, "TopK") and indices.index() == 1 and node.attributes.get_int("largest", 1) == 1:
-        k = scalar(node.inputs[1])
+        k = scalar(operand(node, 1))
         if k is None or not (is_last_axis(node, indices) or is_last_axis(node, node.inputs[0])):
             return None
         return int(k), last_size(node.inputs[0])
