@@ -10,19 +10,20 @@ import onnx_ir as ir
 from qmoe_rules import ops
 
 __all__ = [
+    "axis_of",
     "both_ways",
     "is_last_axis",
     "is_op",
     "last_size",
     "not_negative",
     "number",
-    "operand",
     "over_last_axis",
     "producer",
     "rank",
     "same_size",
     "same_tokens",
     "scalar",
+    "top_k",
     "type_of",
 ]
 
@@ -30,14 +31,21 @@ __all__ = [
 _SMALL = 1 << 16
 
 
-def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
-    """Returns whether a node's `axes` are just the last axis of a value.
+def axis_of(node: ir.Node) -> float | None:
+    """Returns the only one of a node's `axes`, or None.
 
     They are an input, or an attribute before opset 13.
     """
-    axes = operand(node, 1)
-    given = [scalar(axes)] if axes is not None else list(node.attributes.get_ints("axes", ()))
-    return len(given) == 1 and given[0] in (-1, (rank(value) or 0) - 1)
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is not None:
+        return scalar(axes)
+    given = node.attributes.get_ints("axes", ())
+    return given[0] if len(given) == 1 else None
+
+
+def over_last_axis(node: ir.Node, value: ir.Value | None) -> bool:
+    """Returns whether a node's `axes` are just the last axis of a value."""
+    return axis_of(node) in (-1, (rank(value) or 0) - 1)
 
 
 _NEVER_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"}
@@ -171,8 +179,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         weight = ops.static_shape(node.inputs[1])
         return weight[0 if node.attributes.get_int("transB") else 1] if weight else None
     if node.op_type == "TopK":
-        k = scalar(operand(node, 1)) if _is_along_last_axis(node) else None
-        return None if k is None else int(k)
+        return top_k(node) if _is_along_last_axis(node) else None
     if node.op_type == "MatMul" and rank(node.inputs[1]) in (None, 1):
         return None  # a vector takes the axis away
     if node.op_type in ("MatMul", "GatherElements"):
@@ -201,11 +208,6 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """Returns the node of one of these operators that computes a value, or None."""
     node = None if value is None else value.producer()
     return node if node is not None and is_op(node, *op_types) else None
-
-
-def operand(node: ir.Node, position: int) -> ir.Value | None:
-    """Returns an input of a node, None where it is left out: old opsets have attributes instead."""
-    return node.inputs[position] if position < len(node.inputs) else None
 
 
 def both_ways(node: ir.Node | None) -> tuple[Sequence[Any], ...]:
@@ -242,6 +244,17 @@ def scalar(value: ir.Value | None) -> float | None:
         return None
     number: float = tensor.numpy().item()
     return number
+
+
+def top_k(node: ir.Node) -> int | None:
+    """Returns how many a TopK chooses, or None.
+
+    It is an input, or an attribute before opset 10.
+    """
+    if len(node.inputs) < 2:
+        return node.attributes.get_int("k", None)
+    k = scalar(node.inputs[1])
+    return None if k is None else int(k)
 
 
 def _constant(value: ir.Value) -> ir.TensorProtocol | None:

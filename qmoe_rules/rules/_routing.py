@@ -21,11 +21,10 @@ from qmoe_rules.rules._facts import (
     is_op,
     last_size,
     not_negative,
-    operand,
     over_last_axis,
     producer,
     same_tokens,
-    scalar,
+    top_k,
     type_of,
 )
 
@@ -172,10 +171,10 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
     if node is None:
         return None
     if is_op(node, "TopK") and indices.index() == 1 and node.attributes.get_int("largest", 1) == 1:
-        k = scalar(operand(node, 1))
+        k = top_k(node)
         if k is None or not (is_last_axis(node, indices) or is_last_axis(node, node.inputs[0])):
             return None
-        return int(k), last_size(node.inputs[0])
+        return k, last_size(node.inputs[0])
     if is_op(node, "Concat") and is_last_axis(node, indices):
         parts = [_chosen(value) if value is not None else None for value in node.inputs]
         if any(part is None for part in parts):
