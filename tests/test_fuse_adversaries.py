@@ -13,6 +13,7 @@ from onnxscript import rewriter
 
 from qmoe_rules import fuse_experts_rules
 from qmoe_rules.report import Report
+from qmoe_rules.rules import apply_rules
 from tests import expert_graphs
 from tests.expert_graphs import ROUTERS, Builder, Layer
 from tests.moe_models import nodes_of, relative_error, run
@@ -87,6 +88,24 @@ def test_whatever_is_fused_computes_the_same(
     assert relative_error(run(fused, feeds)[0], expected) <= tolerance
 
 
+def top_of_an_old_opset(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    indices, weights = ROUTERS["softmax_topk"](builder, x)
+    top = builder.graph.nodes[-1]
+    top.resize_inputs(1)
+    top.attributes["k"] = ir.AttrInt64("k", builder.layer.k)
+    return indices, weights
+
+
+def test_k_that_is_an_attribute_is_of_an_opset_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = layer_with(top_of_an_old_opset, monkeypatch)
+    model.graph.opset_imports[""] = 9
+    apply_rules(model, fuse_experts_rules())
+    assert nodes_of(model, "MoE") == []
+    assert caplog.messages[0].endswith("its routing needs opset 13, and the model imports 9")
+
+
 def test_indices_of_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Builder, "constant", _float_numbers(Builder.constant))
     model, _ = layer_with(float_indices, monkeypatch)
@@ -148,6 +167,39 @@ def test_columns_of_old_opsets_are_read() -> None:
     report = Report()
     rewriter.rewrite(model, [*fuse_experts_rules(report=report)])
     assert report.rows == []
+
+
+def the_best_of_all_tokens(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """One weight for all tokens, the largest."""
+    indices, weights = ROUTERS["sigmoid"](builder, x)
+    best, _ = builder.top(weights, 1)
+    builder.graph.nodes[-1].attributes["axis"] = ir.AttrInt64("axis", 0)
+    return indices, best
+
+
+def test_weights_that_are_ranked_among_tokens_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = layer_with(the_best_of_all_tokens, monkeypatch, k=1, flat=True)
+    feeds = expert_graphs.feeds(layer)
+    expected = run(model, feeds)[0]
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    assert nodes_of(model, "MoE") == []
+    assert np.array_equal(run(model, feeds)[0], expected)
+
+
+def test_what_is_chosen_by_its_name_stays() -> None:
+    """A sum of what a text selects looks like an expert's weight, and its number is a text."""
+    builder = Builder(Layer())
+    x = builder.graph.input("x", np.float32, ("tokens", 2))
+    names = ir.val("names", ir.DataType.STRING, ["tokens", 2])
+    builder.graph.inputs.append(names)
+    equal = builder.op("Equal", names, builder.op("Constant", value_string="0"))
+    mask = builder.op("Cast", equal, to=ir.DataType.FLOAT)
+    weight = builder.op("ReduceSum", builder.op("Mul", x, mask), builder.constant([-1]), keepdims=1)
+    y = builder.op("Add", builder.op("Mul", x, weight), x)
+    y.type, y.shape = x.type, x.shape
+    model = builder.graph.model(y)
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    assert nodes_of(model, "MoE") == []
 
 
 def _float_numbers(constant: Any) -> Any:

@@ -15,7 +15,7 @@ from qmoe_rules import Report, fuse_experts_rules, ops
 from qmoe_rules.report import CONVERTED, SKIPPED
 from qmoe_rules.rules import apply_rules
 from tests import expert_graphs
-from tests.expert_graphs import Layer
+from tests.expert_graphs import Builder, Layer
 from tests.moe_models import Array, nodes_of, relative_error, run, the_node
 
 INT4 = Layer(bits=4, hidden=64, inter=128)
@@ -248,11 +248,11 @@ def _requantize(model: ir.Model) -> None:
         node.attributes["bits"] = ir.AttrInt64("bits", 8)
 
 
-def _accuracy(level: int) -> Callable[[ir.Model], None]:
+def _setting(name: str, value: int) -> Callable[[ir.Model], None]:
     def change(model: ir.Model) -> None:
         for which in ("gate", "up", "down"):
             for node in _maps(model, which):
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+                node.attributes[name] = ir.AttrInt64(name, value)
 
     return change
 
@@ -280,7 +280,11 @@ def _order(model: ir.Model) -> None:
     ("change", "reason"),
     [
         (_requantize, "both int4 block 32 and int8 block 32 weights"),
-        (_accuracy(7), "MatMulNBits with accuracy_level=7"),
+        (_setting("accuracy_level", 7), "MatMulNBits with accuracy_level=7"),
+        (
+            _setting("weight_prepacked", 1),
+            "MatMulNBits with weight_prepacked=1, an order of its own",
+        ),
         (
             _float_zero_points,
             "l0.experts.0.gate.zero_points is [128, 2], and its attributes ask for [128, 1]",
@@ -296,11 +300,29 @@ def test_what_matmulnbits_can_and_qmoe_cannot_stays(
     check_stays(model, reason, caplog)
 
 
+def test_what_is_added_to_the_tokens_is_no_bias(caplog: pytest.LogCaptureFixture) -> None:
+    """With as many tokens as outputs [128, 1] and [128] may both be added, and differ."""
+
+    class PerToken(Builder):
+        def nbits(self, x: ir.Value, name: str, rows: int, columns: int, layer: Layer) -> ir.Value:
+            product = super().nbits(x, name, rows, columns, layer)
+            if not name.endswith("gate"):
+                return product
+            return self.op("Add", product, self.random(f"{name}.added", rows, 1))
+
+    builder = PerToken(INT4)
+    x = builder.graph.input("x", np.float32, (128, INT4.hidden))
+    model = expert_graphs.finished(builder, x, builder.experts(x))
+    assert run(model, expert_graphs.feeds(Layer(flat=True), (128,)))[0].shape == (128, 64)
+    reason = "l0.experts.0.gate.added is [128, 1], and its attributes ask for [128]"
+    check_stays(model, reason, caplog)
+
+
 def test_an_accuracy_level_is_a_permission_that_is_not_used() -> None:
     model = expert_graphs.model(INT4)
     feeds = expert_graphs.feeds(INT4)
     before = run(model, feeds)[0]
-    _accuracy(4)(model)
+    _setting("accuracy_level", 4)(model)
     assert [row.status for row in fused(model).rows] == [CONVERTED]
     assert "accuracy_level" not in the_node(model).attributes
     assert relative_error(run(model, feeds)[0], before) < 1e-6

@@ -116,10 +116,10 @@ def rows_of(parts: Parts, columns: str) -> Parts | str:
     if rows % 2:
         return f"a map with {rows} outputs has no {columns} ones"
     cut = {
-        EVEN: slice(0, rows, 2),
-        ODD: slice(1, rows, 2),
-        FIRST_HALF: slice(0, rows // 2),
-        SECOND_HALF: slice(rows // 2, rows),
+        EVEN: slice(None, None, 2),
+        ODD: slice(1, None, 2),
+        FIRST_HALF: slice(rows // 2),
+        SECOND_HALF: slice(rows // 2, None),
     }[columns]
     return {
         name: derived(part, (rows // 2, *part.shape[2:]), lambda block: block[:, cut])
@@ -316,7 +316,7 @@ def emit_moe(op: Any, experts: Experts, name: str) -> Emitted:
     op_type = "QMoE" if experts.storage else "MoE"
     if experts.storage and not routing.normalize:
         # The CPU kernel always renormalizes over the top-k, unless it is given the weights.
-        inputs["router_weights"] = op.Softmax(router, axis=-1)
+        inputs["router_weights"] = op.Softmax(router)
     output: ir.Value = getattr(op, op_type)(
         *ops.slots(op_type, inputs),
         _domain=ops.DOMAIN,

@@ -69,9 +69,9 @@ def not_negative(value: ir.Value) -> bool:
         if current in seen or current.dtype == ir.DataType.BOOL:
             continue
         seen.add(current)
-        tensor = ir.convenience.get_const_tensor(current)
+        tensor = _constant(current)
         if tensor is not None:
-            if current.is_graph_input() or tensor.size > _SMALL or not (tensor.numpy() >= 0).all():
+            if tensor.size > _SMALL or not (tensor.numpy() >= 0).all():
                 return False
             continue
         node = current.producer()
@@ -129,8 +129,8 @@ def _row_sources(node: ir.Node) -> Sequence[ir.Value | None]:
     if is_op(node, "GatherElements"):
         return node.inputs[1:]
     if is_op(node, "ReduceMax", "ReduceSum"):
-        return node.inputs[:1] if over_last_axis(node, node.inputs[0]) else ()
-    if is_op(node, "Concat") and not is_last_axis(node, node.outputs[0]):
+        return node.inputs[:1] if _keeps_last_axis(node) else ()
+    if is_op(node, "Concat", "TopK") and not _is_along_last_axis(node):
         return ()
     if is_op(node, "MatMul") and rank(node.inputs[1]) != 2:
         return ()
@@ -172,22 +172,24 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
         return shape[-1]
     node = None if value is None else value.producer()
     if node is not None and ops.is_op(node, "MatMulNBits"):
-        return node.attributes.get_int("N", 0) or None
+        return node.attributes.get_int("N")
     if node is None or node.domain != "" or not depth:
         return None
     if node.op_type == "Gemm":
         weight = ops.static_shape(node.inputs[1])
-        return weight[0 if node.attributes.get_int("transB", 0) else 1] if weight else None
+        return weight[0 if node.attributes.get_int("transB") else 1] if weight else None
     if node.op_type == "TopK":
-        return top_k(node)
+        return top_k(node) if _is_along_last_axis(node) else None
+    if node.op_type == "MatMul" and rank(node.inputs[1]) in (None, 1):
+        return None  # a vector takes the axis away
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
-    if node.op_type == "ReduceSum" and over_last_axis(node, node.inputs[0]):
-        return 1 if node.attributes.get_int("keepdims", 1) else None
+    if node.op_type == "ReduceSum":
+        return 1 if _keeps_last_axis(node) else None
     sizes = [last_size(source, depth - 1) for source in node.inputs]
     if node.op_type in _SAME_SHAPE:
         return sizes[0]
-    if node.op_type == "Concat" and is_last_axis(node, node.outputs[0]) and None not in sizes:
+    if node.op_type == "Concat" and _is_along_last_axis(node) and None not in sizes:
         return sum(size for size in sizes if size is not None)
     if node.op_type in ("Add", "Mul", "Sub", "Div", "Where"):
         wide = set(sizes) - {None, 1}
@@ -224,14 +226,23 @@ def is_last_axis(node: ir.Node, value: ir.Value | None, default: int = -1) -> bo
     return axis == -1 or axis == (rank(value) or 0) - 1
 
 
+def _is_along_last_axis(node: ir.Node) -> bool:
+    """Returns whether a node's `axis` is the last one of what it reads and makes."""
+    return any(is_last_axis(node, value) for value in (node.inputs[0], node.outputs[0]))
+
+
+def _keeps_last_axis(node: ir.Node) -> bool:
+    """Returns whether a node reduces the last axis, and only that, to size 1."""
+    return over_last_axis(node, node.inputs[0]) and bool(node.attributes.get_int("keepdims", 1))
+
+
 def scalar(value: ir.Value | None) -> float | None:
     """Returns the one number that a constant holds, or None."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1 or (value is not None and value.is_graph_input()):
+    tensor = None if value is None else _constant(value)
+    # Broadcasting more axes could give the result more, too.
+    if tensor is None or tensor.size != 1 or len(tensor.shape) > 1:
         return None
-    if len(tensor.shape) > 1:  # broadcasting it could give the result more axes
-        return None
-    number: float = tensor.numpy().reshape(-1)[0].item()
+    number: float = tensor.numpy().item()
     return number
 
 
@@ -246,10 +257,19 @@ def top_k(node: ir.Node) -> int | None:
     return None if k is None else int(k)
 
 
-# Operators whose floating-point type is that of their first inputs.
-_SAME_TYPE = (
-    "Add", "Div", "Gemm", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Squeeze",
-    "Sub", "Unsqueeze",
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """Returns the numbers that a value has in every run, or None."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:
+        return None
+    return tensor
+
+
+# Operators whose type is that of all inputs, or of the first input.
+_SAME_TYPE = ("Add", "Div", "Gemm", "MatMul", "Mul", "Sub")
+_FIRST_TYPE = (
+    "GatherElements", "Identity", "ReduceSum", "Reshape", "Sigmoid", "Softmax", "Squeeze", "TopK",
+    "Unsqueeze",
 )  # fmt: skip
 
 
@@ -263,9 +283,9 @@ def type_of(value: ir.Value | None, depth: int = 16) -> ir.DataType | None:
     if is_op(node, "Cast"):
         return ir.DataType(node.attributes.get_int("to"))
     if is_op(node, *_SAME_TYPE):
-        found = (type_of(source, depth - 1) for source in node.inputs[:2])
+        found = (type_of(source, depth - 1) for source in node.inputs)
         return next((dtype for dtype in found if dtype is not None), None)
-    if is_op(node, "TopK", "GatherElements", "ReduceSum") or ops.is_op(node, "MatMulNBits"):
+    if is_op(node, *_FIRST_TYPE) or ops.is_op(node, "MatMulNBits"):
         return type_of(node.inputs[0], depth - 1) if value.index() == 0 else ir.DataType.INT64
     return None
 
@@ -276,6 +296,5 @@ def number(value: ir.Value | None) -> float | None:
     shape = None if node is None else ops.static_shape(node.inputs[0])
     if node is None or shape is None:
         return scalar(value)
-    start = node.attributes.get_int("start", 0)
-    sizes = shape[start : node.attributes.get_int("end", len(shape))]
+    sizes = shape[node.attributes.get_int("start") : node.attributes.get_int("end")]
     return sizes[0] if len(sizes) == 1 else None

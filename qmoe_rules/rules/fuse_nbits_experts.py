@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qmoe_rules import ops
@@ -22,6 +23,7 @@ from qmoe_rules.rules._experts import Experts, Parts, derived, stack
 from qmoe_rules.rules._fusing import Block
 from qmoe_rules.rules._mlp import Linear
 from qmoe_rules.slices import Slices
+from qmoe_rules.statistics import PROJECTIONS
 from qmoe_rules.targets import Target
 
 __all__ = ["FuseNBitsExperts"]
@@ -31,6 +33,7 @@ _INPUTS = ("weights", "scales", "zero_points", "g_idx", "bias")
 # The compute types that MatMulNBits may choose from; QMoE computes as exactly as the activations.
 _ACCURACY_LEVELS = range(5)
 _WIDTHS = (2, 4, 8)
+_ATTRIBUTES = {"K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,8 @@ class _Storage:
     bits: int
     block_size: int
     accuracy_level: int
-
-    @property
-    def blocks(self) -> int:
-        """Scales per row."""
-        return -(-self.columns // self.block_size)
+    weight_prepacked: int
+    unknown: tuple[str, ...]
 
     def spec(self, zero_points: bool) -> Spec:
         """Returns the same as QMoE says it."""
@@ -54,15 +54,15 @@ class _Storage:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the parts of one expert, as QMoE has them."""
-        return {
-            "weights": (self.rows, self.columns * self.bits // 8),
-            "scales": (self.rows, self.blocks),
-            "zero_points": (self.rows, -(-self.blocks * self.bits // 8)),
-            "bias": (self.rows,),
-        }
+        parts = self.spec(zero_points=True).parts(self.rows, self.columns, np.dtype(np.float32))
+        return {name: shape for name, (shape, _) in parts.items()} | {"bias": (self.rows,)}
 
     def refuse(self) -> str | None:
         """Returns why QMoE cannot store it so, or None."""
+        if self.unknown:
+            return f"MatMulNBits has no attribute {self.unknown[0]!r}"
+        if self.weight_prepacked:
+            return f"MatMulNBits with weight_prepacked={self.weight_prepacked}, an order of its own"
         if self.bits not in _WIDTHS:
             return f"MatMulNBits with {self.bits} bits"
         if self.block_size < 1 or self.columns % self.block_size:
@@ -145,7 +145,7 @@ class FuseNBitsExperts(ChainRule[Map]):
                 return f"both {spec} and {found} weights"
         if (down.rows, down.columns) != (gate.columns, experts.gate["weights"].shape[1]):
             return f"gate is {[gate.rows, gate.columns]}, and down {[down.rows, down.columns]}"
-        specs = {"fc1": spec, "fc2": spec}
+        specs = dict.fromkeys(PROJECTIONS, spec)
         return self._target.refuse_storage(specs, "raw") or self._target.refuse(
             _facts(experts), specs
         )
@@ -172,7 +172,7 @@ class FuseNBitsExperts(ChainRule[Map]):
             stored=f"{spec}, raw, as they were",
             bytes_before=nbytes,
             bytes_after=nbytes,
-            warnings=self._target.warnings(facts, {"fc1": spec, "fc2": spec}),
+            warnings=self._target.warnings(facts, dict.fromkeys(PROJECTIONS, spec)),
         )
         self._report.record(replacement, row)
 
@@ -193,7 +193,13 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
         return None
     get = node.attributes.get_int
     storage = _Storage(
-        get("N", 0), get("K", 0), get("bits", 4), get("block_size", 0), get("accuracy_level", 0)
+        get("N", 0),
+        get("K", 0),
+        get("bits", 4),
+        get("block_size", 0),
+        get("accuracy_level", 0),
+        get("weight_prepacked", 0),
+        tuple(sorted(set(node.attributes) - _ATTRIBUTES)),
     )
     inputs = [None if value is None or value.name == "" else value for value in node.inputs[1:]]
     inputs += [None] * (len(_INPUTS) - len(inputs))
@@ -201,10 +207,13 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
 
 
 def _shaped(slices: Slices | str, shape: tuple[int, ...], name: str) -> Slices | str:
-    """Returns slices [E, *shape] of slices that hold as many numbers in the same order."""
+    """Returns slices [E, *shape] of slices that hold as many numbers in the same order.
+
+    A shape of one axis has to be given: any other is added to the tokens, or to more axes.
+    """
     if isinstance(slices, str):
         return slices
-    if math.prod(slices.shape[1:]) != math.prod(shape):
-        given = list(slices.shape[1:])
-        return f"{name} is {given}, and its attributes ask for {list(shape)}"
+    given = slices.shape[1:]
+    if math.prod(given) != math.prod(shape) or (len(shape) == 1 and given != shape):
+        return f"{name} is {list(given)}, and its attributes ask for {list(shape)}"
     return derived(slices, shape, lambda block: block.reshape(len(block), *shape))
