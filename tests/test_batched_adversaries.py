@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qmoe_rules.report import SKIPPED, Report
-from qmoe_rules.rules import apply_rules
-from qmoe_rules.rules.fuse_experts import fuse_experts_rules
+from qmoe_rules.report import SKIPPED
 from tests.batched_graphs import GPT_OSS, MIXTRAL, Form, batched
 from tests.expert_graphs import Layer
+from tests.fusions import fused
 from tests.moe_models import nodes_of, relative_error, run, the_node
 
 Edit = Callable[[ir.Model], None]
@@ -125,12 +124,6 @@ def edited(form: Form, edit: Edit) -> ir.Model:
     model, _ = batched(form)
     edit(model)
     return model
-
-
-def fused(model: ir.Model) -> Report:
-    report = Report()
-    apply_rules(model, fuse_experts_rules(report=report))
-    return report
 
 
 GATHER = replace(MIXTRAL, gather="Gather")

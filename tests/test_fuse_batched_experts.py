@@ -11,20 +11,15 @@ import pytest
 from onnxscript import rewriter
 
 from qmoe_rules.formats import FORMATS, Spec
-from qmoe_rules.report import SKIPPED, Report
+from qmoe_rules.report import SKIPPED
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
 from qmoe_rules.rules.fuse_experts import fuse_experts_rules
 from tests.batched_graphs import GPT_OSS, MIXTRAL, Form, batched, inferred
 from tests.expert_graphs import Builder, Layer, finished, source
+from tests.fusions import fused
 from tests.moe_models import Array, Arrays, expected, nodes_of, relative_error, run, the_node
 
 SHAPES = [(1, 1), (1, 7), (4, 1), (4, 7)]
-
-
-def fused(model: ir.Model) -> Report:
-    report = Report()
-    apply_rules(model, fuse_experts_rules(report=report))
-    return report
 
 
 def inputs(layer: Layer, shape: tuple[int, int]) -> Arrays:

@@ -11,23 +11,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qmoe_rules import Report, fuse_experts_rules, ops
+from qmoe_rules import ops
 from qmoe_rules.report import CONVERTED, SKIPPED
-from qmoe_rules.rules import apply_rules
 from tests import expert_graphs
 from tests.expert_graphs import Builder, Layer
+from tests.fusions import fused
 from tests.moe_models import Array, nodes_of, relative_error, run, the_node
 
 INT4 = Layer(bits=4, hidden=64, inter=128)
 # The kernel of blockwise int8 rounds the activations.
 TOLERANCES = {4: 1e-6, 8: 0.03}
-
-
-def fused(model: ir.Model, target: str = "portable") -> Report:
-    """Fuses a model and returns the report."""
-    report = Report()
-    apply_rules(model, fuse_experts_rules(report=report, target=target))
-    return report
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "softmax_topk_norm", "sigmoid", "mixer"])

@@ -12,20 +12,15 @@ import onnx_ir as ir
 import pytest
 
 from qmoe_rules.formats import FORMATS, Spec
-from qmoe_rules.report import SKIPPED, Report
+from qmoe_rules.report import SKIPPED
 from qmoe_rules.rules import apply_rules, moe_to_qmoe_rules
 from qmoe_rules.rules.fuse_experts import fuse_experts_rules
 from tests.expert_graphs import Layer
+from tests.fusions import fused
 from tests.moe_models import Array, Arrays, expected, nodes_of, relative_error, run, the_node
 from tests.unrolled_graphs import Form, unrolled
 
 SHAPES = [(1, 1), (1, 7), (4, 1), (4, 7)]
-
-
-def fused(model: ir.Model) -> Report:
-    report = Report()
-    apply_rules(model, fuse_experts_rules(report=report))
-    return report
 
 
 def inputs(layer: Layer, shape: tuple[int, int]) -> Arrays:
