@@ -8,10 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from qmoe_rules import (
-    Report,
-    fuse_experts_rules,
-)
+from qmoe_rules import Report, fuse_experts_rules
 from qmoe_rules.report import SKIPPED
 from qmoe_rules.rules import apply_rules
 

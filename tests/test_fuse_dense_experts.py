@@ -11,9 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qmoe_rules import (
-    save,
-)
+from qmoe_rules import save
 from tests import expert_graphs
 from tests.expert_graphs import ROUTERS, Layer
 from tests.fusions import GPTOSS, fused
