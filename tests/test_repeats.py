@@ -290,6 +290,13 @@ def test_sizes(declared: Shape | None, to: Shape, home: str, found: Any) -> None
     assert sizes(value) == found
 
 
+def test_a_shape_that_is_an_attribute_is_not_read() -> None:
+    """As Reshape had it before opset 5."""
+    b = Tokens()
+    value = b.op("Reshape", b.x, shape=[-1])
+    assert (sizes(value), unflattened(value), column(value)) == (None, None, None)
+
+
 def test_sizes_of_what_is_not_reshaped() -> None:
     b = Tokens()
     assert sizes(b.x) == (None, H)

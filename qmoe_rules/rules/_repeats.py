@@ -23,13 +23,21 @@ def sizes(value: ir.Value) -> tuple[int | None, ...] | None:
     """Returns the sizes of a value, from the Reshape that makes it or else from its shape."""
     known = ops.static_shape(value)
     node = producer(value, "Reshape")
-    wanted = None if node is None else _constant(node.inputs[1])
+    wanted = None if node is None else _asked(node)
     if wanted is None:
         return known
     asked = tuple(size if size > 0 else None for size in wanted)
     if known is None or len(known) != len(asked):
         return asked
     return tuple(a if a is not None else b for a, b in zip(asked, known, strict=True))
+
+
+def _asked(reshape: ir.Node) -> list[int] | None:
+    """Returns the constant shape that a Reshape asks for, or None.
+
+    Before opset 5 it is an attribute, and no such model is fused.
+    """
+    return _constant(reshape.inputs[1]) if len(reshape.inputs) > 1 else None
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -57,7 +65,7 @@ def without_casts(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node
 def unflattened(value: ir.Value | None) -> ir.Value | None:
     """Returns what a value is all elements of, in their order along one axis, or None."""
     node = producer(value, "Reshape")
-    return node.inputs[0] if node is not None and _constant(node.inputs[1]) == [-1] else None
+    return node.inputs[0] if node is not None and _asked(node) == [-1] else None
 
 
 def column(value: ir.Value | None) -> ir.Value | None:
@@ -66,7 +74,7 @@ def column(value: ir.Value | None) -> ir.Value | None:
     if node is not None and axis_of(node) in (-1, 1):
         return unflattened(node.inputs[0])
     node = producer(value, "Reshape")
-    return node.inputs[0] if node is not None and _constant(node.inputs[1]) == [-1, 1] else None
+    return node.inputs[0] if node is not None and _asked(node) == [-1, 1] else None
 
 
 def regrouped(value: ir.Value) -> ir.Value:
