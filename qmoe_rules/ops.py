@@ -18,6 +18,7 @@ __all__ = [
     "QMOE_INPUTS",
     "agree",
     "attributes",
+    "cast_type",
     "discard",
     "graphs",
     "in_function",
@@ -125,6 +126,18 @@ def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
 def label(node: ir.Node) -> str:
     """Returns what to call a node: its name, or that of its first output."""
     return node.name or (node.outputs[0].name if node.outputs else None) or "(unnamed)"
+
+
+def cast_type(node: ir.Node) -> ir.DataType | None:
+    """Returns the type that a Cast casts to, None where it does not say.
+
+    It is a number; before opset 6 it was a text, and in a function it may be the caller's.
+    """
+    to = node.attributes.get("to")
+    if to is None or to.is_ref() or to.type != ir.AttributeType.INT:
+        return None
+    number = to.as_int()
+    return ir.DataType(number) if number in ir.DataType.__members__.values() else None
 
 
 def discard(value: ir.Value) -> None:

@@ -212,7 +212,9 @@ def _identity(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
 
 def _cast(node: ir.Node, value: ir.Value, source_of: _Source) -> Slices:
     source = source_of()
-    target = ir.DataType(node.attributes.get_int("to"))
+    target = ops.cast_type(node)
+    if target is None:
+        raise _NotReadableError(f"{value.name} is cast to an unknown type")
     dtype = target.numpy()
     if dtype == source.dtype:
         return source

@@ -12,9 +12,10 @@ import pytest
 
 from qmoe_rules.report import SKIPPED
 from tests.batched_graphs import GPT_OSS, MIXTRAL, Form, batched
-from tests.expert_graphs import Layer
+from tests.expert_graphs import ROUTERS, Layer
 from tests.fusions import fused
 from tests.moe_models import nodes_of, relative_error, run, the_node
+from tests.test_fuse_adversaries import float32_router
 
 Edit = Callable[[ir.Model], None]
 
@@ -280,6 +281,16 @@ REASONS: dict[str, tuple[Form, Edit, str]] = {
         f"l0.fc2_bias {AT_HAND}",
     ),
 }
+
+
+def test_deep_weights_of_a_router_in_another_type_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are not handed over in the end, and its sums would meet other tokens."""
+    monkeypatch.setitem(ROUTERS, "wide", float32_router)
+    form = Form(Layer(experts=5, router="wide", dtype=np.float16), reads="deep")
+    model = edited(form, lambda model: None)
+    (row,) = fused(model).rows
+    assert row.reason.endswith(" are not [T, k], and its routing is not the MoE's own")
+    assert nodes_of(model, "MoE") == []
 
 
 @pytest.mark.parametrize("name", REASONS)

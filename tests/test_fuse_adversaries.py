@@ -57,6 +57,79 @@ def rounded_to_integers(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Val
     return indices, builder.op("Softmax", values, axis=-1)
 
 
+def made_equal(*steps: Callable[[Builder, ir.Value], ir.Value]) -> Router:
+    """Returns a router by logits that something has made equal in many tokens."""
+
+    def router(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        layer = builder.layer
+        weight = 3 * builder.rng.standard_normal((layer.hidden, layer.experts)) / layer.hidden**0.5
+        logits = builder.op("MatMul", x, builder.weight("router", weight.astype(layer.dtype)))
+        for step in steps:
+            logits = step(builder, logits)
+            logits.shape = ir.Shape(["batch", "sequence", layer.experts])
+        values, indices = builder.top(builder.op("Softmax", logits, axis=-1), layer.k)
+        return indices, values
+
+    return router
+
+
+def relu(builder: Builder, value: ir.Value) -> ir.Value:
+    return builder.op("Relu", value)
+
+
+def coarse(builder: Builder, value: ir.Value) -> ir.Value:
+    step = builder.number(0.5)
+    zero = builder.constant(128, np.uint8)
+    codes = builder.op("QuantizeLinear", value, step, zero)
+    return builder.op("DequantizeLinear", codes, step, zero)
+
+
+def times_two(builder: Builder, value: ir.Value) -> ir.Value:
+    return builder.op("Mul", value, builder.number(2.0))
+
+
+def times_zeros(builder: Builder, value: ir.Value) -> ir.Value:
+    return builder.op("Mul", value, builder.constant([1, 0, 0, 1], np.float32))
+
+
+def plus_half(builder: Builder, value: ir.Value) -> ir.Value:
+    return builder.op("Add", builder.number(0.5), value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "direct"),
+    [
+        ((), True),
+        ((times_two, plus_half), True),
+        ((relu,), False),
+        ((relu, times_two), False),
+        ((relu, plus_half, times_two), False),
+        ((times_zeros,), False),
+        ((coarse,), False),
+        ((lambda b, value: b.op("Ceil", value),), False),
+        ((lambda b, value: b.op("Tanh", b.op("Relu", value)),), False),
+        ((lambda b, value: b.op("Mul", value, b.op("Sigmoid", value)),), False),
+    ],
+    ids=[
+        "nothing", "scale and shift", "relu", "relu and scale", "relu, shift and scale", "zeros",
+        "quantized", "ceil", "tanh", "swish",
+    ],
+)  # fmt: skip
+def test_logits_that_something_makes_equal_are_not_handed_over(
+    steps: Any, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TopK takes the first of equal logits, and MoE the last."""
+    model, layer = layer_with(made_equal(*steps), monkeypatch)
+    feeds = expert_graphs.feeds(layer, (2, 200))
+    expected = run(model, feeds)[0]
+    rewriter.rewrite(model, [*fuse_experts_rules()])
+    (moe,) = nodes_of(model, "MoE")
+    router_probs = moe.inputs[1]
+    assert router_probs is not None
+    assert (router_probs.producer().op_type == "Reshape") is direct  # type: ignore[union-attr]
+    assert relative_error(run(model, feeds)[0], expected) < 1e-6
+
+
 def chosen_thrice(builder: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     indices, weights = ROUTERS["softmax_topk_norm"](builder, x)
     return (
@@ -82,7 +155,7 @@ def test_whatever_is_fused_computes_the_same(
     router: Router, fields: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, layer = layer_with(router, monkeypatch, **fields)
-    feeds = expert_graphs.feeds(layer)
+    feeds = expert_graphs.feeds(layer, (2, 200))
     expected = run(model, feeds)[0]
     fused = rewriter.rewrite(without_types(model), [*fuse_experts_rules()])
     assert relative_error(run(fused, feeds)[0], expected) <= tolerance

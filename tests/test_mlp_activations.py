@@ -205,6 +205,8 @@ def test_plain_activations(write: Reading, activation: str) -> None:
         (lambda b: gated(b, b.silu(b.cut(b.map("fused"), 0, 16, 3)), b.map("up")), None),
         (lambda b: gated(b, b.silu(b.halves(b.map("fused"), axis=0)[0]), b.map("up")), None),
         (lambda b: b.silu(b.map("gate"), 1.702), None),
+        (lambda b: b.op("Mul", b.op("Relu", b.map("gate")), b.number(0.5)), None),
+        (lambda b: b.op("Mul", b.number(0.5), b.op("Relu", b.map("gate"))), None),
         (lambda b: b.op("Gelu", b.map("gate")), None),
     ],
 )

@@ -117,6 +117,24 @@ def test_nodes_are_found_in_graphs_bodies_and_functions() -> None:
     assert found == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        (ir.AttrInt64("to", 10), ir.DataType.FLOAT16),
+        (ir.AttrInt64("to", -1), None),
+        (ir.AttrInt64("to", 1000), None),
+        (ir.AttrString("to", "FLOAT"), None),  # before opset 6
+        (ir.RefAttr("to", "type", ir.AttributeType.INT), None),  # in a function
+        (None, None),
+    ],
+)
+def test_what_a_cast_casts_to(to: ir.Attr | None, expected: ir.DataType | None) -> None:
+    node = ir.node("Cast", [ir.val("x")])
+    if to is not None:
+        node.attributes["to"] = to
+    assert ops.cast_type(node) == expected
+
+
 def test_the_producer_of_a_value() -> None:
     node = ir.node("MoE", [ir.val("x")], domain=ops.DOMAIN)
     assert ops.producer(node.outputs[0]) is node

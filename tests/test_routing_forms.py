@@ -255,8 +255,9 @@ def test_tokens_that_are_not_those_of_the_hidden_states(missing: str) -> None:
     wrong: dict[str, ir.Value] = {}
     for found, scores, tokens in ((right, router.scores, "tokens"), (wrong, other, "others")):
         found["indices"] = router.chosen(scores)
-        found["weights"] = router.op("Sigmoid", router.gathered(scores, found["indices"], axis=-1))
-        for value in found.values():
+        gathered = router.gathered(scores, found["indices"], axis=-1)
+        found["weights"] = router.op("Sigmoid", gathered)
+        for value in (gathered, *found.values()):
             value.shape = ir.Shape([tokens, K])
     given = right | {missing: wrong[missing]}
     assert isinstance(routing_of(**right, experts=EXPERTS, source=router.x), Routing)

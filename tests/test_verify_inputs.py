@@ -68,6 +68,17 @@ def test_inputs_that_the_float_model_does_not_run_on_are_an_error(tmp_path: Path
         verify(TINY["fp32"], after, inputs={"input_ids": np.full((1, 300), 9)})
 
 
+def test_a_model_larger_than_the_memory_is_not_run_and_its_nodes_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = converted(TINY["fp32"], tmp_path / "out", **INT4)
+    memory = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 1000}
+    monkeypatch.setattr("os.sysconf", memory.__getitem__)
+    report = verify(TINY["fp32"], after, inputs={"input_ids": IDS})
+    assert report.passed
+    assert "do not fit in 1 kB of memory; the nodes were fed with random" in report.whole_model
+
+
 def test_a_converted_model_that_does_not_run_fails(tmp_path: Path) -> None:
     after = converted(TINY["fp32"], tmp_path / "out", **INT4)
     file = after / "model.onnx"

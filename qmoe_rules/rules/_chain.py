@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.rules._experts import Experts, Parts, assemble
 from qmoe_rules.rules._facts import both_ways, is_op, over_last_axis, producer, scalar
 from qmoe_rules.rules._fusing import Block, FusingRule
@@ -86,8 +87,8 @@ class Term:
     def refuse_mask(self) -> str | None:
         """Returns how the types of weights and mask differ, as one exporter's do, or None."""
         known = self.weights.dtype
-        to = ir.DataType(self.mask.attributes.get_int("to", 0))  # CastLike does not say
-        if known is None or to in (known, ir.DataType.UNDEFINED):
+        to = ops.cast_type(self.mask)  # CastLike does not say
+        if known is None or to in (known, None):
             return None
         return f"expert {self.expert} has {known.name} weights and a {to.name} mask"
 

@@ -90,63 +90,84 @@ def not_negative(value: ir.Value) -> bool:
     return True
 
 
-# Operators whose outputs have the leading axes of an input, or what they are broadcast to.
-_ROW_WISE = {"Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Where"}
+# Operators whose outputs have the leading axes of their inputs, which are broadcast.
+_ROW_WISE = {
+    "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min",
+    "Mul", "Or", "Sub", "Where",
+}  # fmt: skip
 _FIRST_ROW_WISE = {
     "Abs", "Cast", "Clip", "Exp", "Gemm", "Identity", "LayerNormalization", "Log", "MatMul",
-    "RMSNormalization", "Relu", "ScatterElements", "Sigmoid", "SimplifiedLayerNormalization",
-    "Softmax", "Softplus", "Sqrt", "TopK",
+    "RMSNormalization", "ReduceMax", "ReduceSum", "Relu", "ScatterElements", "Sigmoid",
+    "SimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "TopK",
 }  # fmt: skip
 # A router is small: a longer search has left it.
-_SEARCHED = 200
+_SEARCHED = 100
 
 
 def same_tokens(value: ir.Value, source: ir.Value) -> bool:
     """Returns whether values [..., a] and [..., b] are known to have the same leading axes."""
-    if value.shape is not None and source.shape is not None:
-        first, second = value.shape[:-1], source.shape[:-1]
-        if len(first) != len(second):
-            return False
-        if all(same_size(a, b) for a, b in zip(first, second, strict=True)):
-            return True
-    pending, seen = [value], {value}
-    while pending and len(seen) < _SEARCHED:
-        current = pending.pop()
-        if current is source:
-            return True
-        node = current.producer()
-        if node is None:
-            continue
-        sources = _row_sources(node)
-        fresh = [each for each in sources if each is not None and each not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return False
+    return _has_rows_of(value, source, {})
 
 
-def _row_sources(node: ir.Node) -> Sequence[ir.Value | None]:
-    """Returns the inputs that an operator's outputs share their leading axes with."""
+def _has_rows_of(value: ir.Value | None, source: ir.Value, seen: dict[ir.Value, bool]) -> bool:
+    """Returns whether a value is known to have the leading axes of a source."""
+    if value is None or value is source:
+        return value is source
+    if value in seen or len(seen) == _SEARCHED:
+        return seen.get(value, False)
+    known = _same_leading(value, source)
+    seen[value] = bool(known)
+    node = value.producer()
+    if known is None and node is not None:
+        seen[value] = _rows_are_of(node, source, seen)
+    return seen[value]
+
+
+def _same_leading(value: ir.Value, source: ir.Value) -> bool | None:
+    """Returns whether shapes say that leading axes are the same, None where they do not say."""
+    if value.shape is None or source.shape is None:
+        return None
+    pairs = list(zip(value.shape[:-1], source.shape[:-1], strict=False))
+    if len(value.shape) != len(source.shape):
+        return False
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        return False
+    return True if all(same_size(a, b) for a, b in pairs) else None
+
+
+def _rows_are_of(node: ir.Node, source: ir.Value, seen: dict[ir.Value, bool]) -> bool:
+    """Returns whether the outputs of an operator have the leading axes of a source."""
     if is_op(node, "GatherElements"):
-        return node.inputs[1:]
-    if is_op(node, "ReduceMax", "ReduceSum"):
-        return node.inputs[:1] if _keeps_last_axis(node) else ()
+        return _has_rows_of(node.inputs[1], source, seen)
+    if is_op(node, "ReduceMax", "ReduceSum") and not _keeps_last_axis(node):
+        return False
     if is_op(node, "Concat", "TopK") and not _is_along_last_axis(node):
-        return ()
+        return False
+    if is_op(node, "Concat"):
+        return all(_has_rows_of(each, source, seen) for each in node.inputs)
     if is_op(node, "MatMul") and rank(node.inputs[1]) != 2:
-        return ()
+        return False
     if is_op(node, "Gemm") and node.attributes.get_int("transA", 0) != 0:
-        return ()
+        return False
     if is_op(node, *_FIRST_ROW_WISE) or ops.is_op(node, "MatMulNBits"):
-        return node.inputs[:1]
-    if not is_op(node, *_ROW_WISE) or any(map(_has_rows, node.inputs)):
-        return ()
-    return node.inputs
+        return _has_rows_of(node.inputs[0], source, seen)
+    if not is_op(node, *_ROW_WISE):
+        return False
+    many = [each for each in node.inputs if not _is_one_row(each, source)]
+    return bool(many) and all(_has_rows_of(each, source, seen) for each in many)
 
 
-def _has_rows(value: ir.Value | None) -> bool:
-    """Returns whether a constant has more than one row, which broadcasting would multiply."""
+def _is_one_row(value: ir.Value | None, source: ir.Value) -> bool:
+    """Returns whether broadcasting a value to the rows of a source gives no more rows, nor axes."""
+    shape = ops.static_shape(value)
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return tensor is not None and any(size != 1 for size in tensor.shape.numpy()[:-1])
+    if tensor is not None:
+        shape = tuple(tensor.shape.numpy())
+    return (
+        shape is not None
+        and all(size == 1 for size in shape[:-1])
+        and len(shape) <= max(rank(source) or 1, 1)
+    )
 
 
 def same_size(first: Any, second: Any) -> bool:
@@ -233,7 +254,7 @@ def _is_along_last_axis(node: ir.Node) -> bool:
 
 def _keeps_last_axis(node: ir.Node) -> bool:
     """Returns whether a node reduces the last axis, and only that, to size 1."""
-    return over_last_axis(node, node.inputs[0]) and bool(node.attributes.get_int("keepdims", 1))
+    return over_last_axis(node, node.inputs[0]) and node.attributes.get_int("keepdims", 1) == 1
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -281,7 +302,7 @@ def type_of(value: ir.Value | None, depth: int = 16) -> ir.DataType | None:
     if node is None:
         return None
     if is_op(node, "Cast"):
-        return ir.DataType(node.attributes.get_int("to"))
+        return ops.cast_type(node)
     if is_op(node, *_SAME_TYPE):
         found = (type_of(source, depth - 1) for source in node.inputs)
         return next((dtype for dtype in found if dtype is not None), None)

@@ -245,7 +245,7 @@ class _Reader(Generic[T]):
     def _node(self, value: ir.Value | None, op_type: str | None = None) -> ir.Node | None:
         """Returns the producer of a value and remembers it as a part of the expert."""
         node = None if value is None else value.producer()
-        if node is None or node.domain not in ("", ops.DOMAIN):
+        if node is None or node.domain not in ("", ops.DOMAIN) or not node.inputs:
             return None
         if op_type is not None and node.op_type != op_type:
             return None

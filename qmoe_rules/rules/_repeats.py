@@ -55,7 +55,7 @@ def without_casts(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node
     """Reads through casts to other floating-point types; returns what was cast, and the nodes."""
     nodes: list[ir.Node] = []
     while (node := producer(value, "Cast")) is not None:
-        if node.attributes.get_int("to") not in _FLOATS:
+        if ops.cast_type(node) not in _FLOATS:
             break
         nodes.append(node)
         value = node.inputs[0]

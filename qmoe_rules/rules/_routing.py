@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qmoe_rules import ops
 from qmoe_rules.rules._facts import (
     is_last_axis,
     is_op,
     last_size,
     not_negative,
     over_last_axis,
-    producer,
     same_tokens,
     top_k,
     type_of,
@@ -39,8 +39,20 @@ __all__ = [
 _UNCHOSEN = -1e4
 # ScatterElements can add from this opset on.
 _MIN_OPSET = 16
-# What makes equal logits. MoE prefers the last of them, and TopK the first.
-_TIES = ("Clip", "Floor", "Max", "Min", "Relu", "Round", "ScatterElements", "Where")
+# What a router does to the products that it ranks without making any of them equal, as far as
+# numbers go. MoE prefers the last of equal logits, and TopK the first.
+_KEEP_APART = (
+    "Add",
+    "Cast",
+    "Div",
+    "Flatten",
+    "Identity",
+    "Mul",
+    "Reshape",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+)
 # Softmax is along one axis, and the axes of ReduceSum are an input, from this opset on.
 _MIN_OPSET_DIRECT = 13
 
@@ -187,7 +199,7 @@ def _chosen(indices: ir.Value) -> tuple[int, int | None] | None:
     if is_op(node, "ArgMax") and node.attributes.get_int("keepdims", 1) == 1:
         is_last = is_last_axis(node, indices, default=0)
         return (1, last_size(node.inputs[0])) if is_last else None
-    integer = is_op(node, "Cast") and node.attributes.get_int("to", 0) in _INDEX_TYPES
+    integer = is_op(node, "Cast") and ops.cast_type(node) in _INDEX_TYPES
     if (integer or is_op(node, "Identity")) and node.inputs[0] is not None:
         return _chosen(node.inputs[0])
     return None
@@ -205,11 +217,11 @@ def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routi
     values, ranked = top.outputs[0], _uncast(top.inputs[0])
     node = _producer(_uncast(weights, rounded=True))
     if _softmaxed(node) is not None and _softmaxed(node) is values:
-        if producer(ranked, *_TIES) is not None:
+        if not _are_apart(ranked):
             return None
         return Routing(indices, weights, k, experts, ranked, normalize=True)
     logits = _softmaxed(_producer(ranked))
-    if logits is None or producer(logits, *_TIES) is not None:
+    if logits is None or not _are_apart(logits):
         return None
     if _is_part(weights, values, ranked, indices):
         return Routing(indices, weights, k, experts, logits, normalize=False)
@@ -218,6 +230,27 @@ def _direct(indices: ir.Value, weights: ir.Value, k: int, experts: int) -> Routi
         if _is_part(part, values, ranked, indices) and _is_sum_over_last(total, part):
             return Routing(indices, weights, k, experts, logits, normalize=True)
     return None
+
+
+def _are_apart(logits: ir.Value) -> bool:
+    """Returns whether logits are products of the tokens, or inputs, that nothing makes equal."""
+    value = _uncast(logits)
+    node = value.producer()
+    while node is not None and is_op(node, *_KEEP_APART):
+        computed = [each for each in node.inputs if each is not None and not _is_factor(each)]
+        if is_op(node, "Cast") or len(computed) != 1:
+            return False  # a cast that rounds, or that of no number at all
+        value = _uncast(computed[0])
+        node = value.producer()
+    return node is None or is_op(node, "MatMul", "Gemm") or ops.is_op(node, "MatMulNBits")
+
+
+def _is_factor(value: ir.Value) -> bool:
+    """Returns whether a value is a constant that holds no zero and no infinity."""
+    numbers = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    return numbers is not None and bool(
+        np.isfinite(numbers.numpy()).all() and numbers.numpy().all()
+    )
 
 
 def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
@@ -230,8 +263,10 @@ def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
     node = value.producer()
     while node is not None and is_op(node, "Cast", "Identity") and node.inputs[0] is not None:
         if is_op(node, "Cast"):
-            before, after = type_of(node.inputs[0]), ir.DataType(node.attributes.get_int("to"))
-            if before is None or not (before.is_floating_point() and after.is_floating_point()):
+            before, after = type_of(node.inputs[0]), ops.cast_type(node)
+            if before is None or after is None:
+                break
+            if not (before.is_floating_point() and after.is_floating_point()):
                 break
             if after != before and after.bitwidth <= before.bitwidth and not rounded:
                 break
@@ -270,7 +305,7 @@ def _is_sum_over_last(total: ir.Value | None, part: ir.Value | None) -> bool:
         node is not None
         and is_op(node, "ReduceSum")
         and node.inputs[0] is part
-        and bool(node.attributes.get_int("keepdims", 1))
+        and node.attributes.get_int("keepdims", 1) == 1
         and over_last_axis(node, part)
     )
 

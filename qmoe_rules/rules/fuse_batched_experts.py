@@ -29,7 +29,7 @@ from qmoe_rules.rules._repeats import (
     unflattened,
     without_casts,
 )
-from qmoe_rules.rules._routing import Routing, routing_of
+from qmoe_rules.rules._routing import Routing, routing_of, settled
 from qmoe_rules.weights import resolve
 
 __all__ = ["FuseBatchedExperts"]
@@ -102,7 +102,7 @@ class FuseBatchedExperts(FusingRule):
 
 def _tail_of(node: ir.Node) -> _Tail | None:
     """Returns how a ReduceSum ends a block, or None; in constant time."""
-    if node.attributes.get_int("keepdims", 1) or axis_of(node) not in (1, -2):
+    if node.attributes.get_int("keepdims", 1) != 0 or axis_of(node) not in (1, -2):
         return None
     folded, after = without_casts(node.inputs[0])
     reshape = producer(folded, "Reshape")
@@ -118,7 +118,7 @@ def _tail_of(node: ir.Node) -> _Tail | None:
         if output is None or product is None or weights is None or _linear(output) is None:
             continue
         casts = (*after, *before, *inner)
-        to = ir.DataType(casts[0].attributes.get_int("to")) if casts else None
+        to = ops.cast_type(casts[0]) if casts else None
         return _Tail(output, weights, shape[1], shape[2], to, (node, reshape, product, *casts))
     return None
 
@@ -217,8 +217,13 @@ def _experts(tail: _Tail, mlp: MLP[_Gathered]) -> Experts | str:
         return routing
     mlp = dataclasses.replace(mlp, source=source)
     experts = assemble([mlp], routing, _parts, home=home)
-    if not isinstance(experts, str) and experts.down["weights"].shape[1] != tail.hidden:
+    if isinstance(experts, str):
+        return experts
+    if experts.down["weights"].shape[1] != tail.hidden:
         return f"the results are summed in groups that are not {tail.k} experts"
+    weights = routing.weights
+    if rank(weights) != 2 and settled(routing, experts.dtype).logits is None:
+        return f"the weights {weights.name} are not [T, k], and its routing is not the MoE's own"
     return experts
 
 
@@ -231,8 +236,6 @@ def _routing(indices: ir.Value, tail: _Tail, count: int, source: ir.Value) -> Ro
         return routing
     if routing.k != tail.k:
         return f"{tail.k} results are summed for {routing.k} experts per token"
-    if rank(weights) != 2 and routing.logits is None:
-        return f"the weights {weights.name} are not [T, k], and its routing is not the MoE's own"
     return routing
 
 

@@ -31,7 +31,7 @@ class WholeRun:
 
     Attributes:
         told: Why they did not run, empty where they did.
-        refused: Why the float model did not, empty where it did.
+        refused: What ONNX Runtime says where it does not run the float model.
         outputs: One result per output.
         failures: The checks that failed.
         values: Intermediate values by name, those of the float model and of the converted one.
@@ -80,6 +80,7 @@ def run_both(
     """
     found: list[dict[str, Array]] = []
     failures: list[Failure] = []
+    refused = ""
     for name, source, names in (("float", before, extra[0]), ("converted", after, extra[1])):
         told = _too_large(source) or (obstacle if source is after else None) or ""
         if not told:
@@ -87,12 +88,13 @@ def run_both(
                 found.append(run_file(source.path, feeds, provider, names))
             except RunError as refusal:
                 told = str(refusal)
-                if found:
+                if not found:
+                    refused = told
+                else:
                     reason = f"the float model runs, and the converted one does not: {told}"
                     failures.append(Failure("outputs", reason))
         if told:
             values: tuple[Arrays, Arrays] = (found[0] if found else {}, {})
-            refused = "" if found else told
             told = f"not run, the {name} model: {told}"
             return WholeRun(told, refused, failures=tuple(failures), values=values)
     outputs = []
