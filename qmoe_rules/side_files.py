@@ -51,7 +51,10 @@ def copy_side_files(folder: Path, apart: Set[Path], stage: Staging, path: Path) 
         if goal in read_by:
             logger.warning("%s is not copied: %s reads %s", file, read_by[goal], goal)
             continue
-        if is_new and goal.exists() and not _same(file, goal):
+        differs = goal.exists() and not _same(file, goal)
+        if differs and not is_new:
+            logger.warning("%s is replaced by %s", goal, file)
+        elif differs:
             raise SaveError(
                 f"refusing to replace {goal} by {file}; name another folder as the destination, or "
                 "the .onnx file as the model, which comes without other files"
@@ -69,6 +72,9 @@ def _side_files(folder: Path, apart: Set[Path]) -> Iterator[tuple[Path, Path]]:
         name, real = file.relative_to(folder), Path(os.path.realpath(file))
         if file.is_symlink() and root not in real.parents:
             logger.warning("%s is not copied: it leads outside %s", file, folder)
+            continue
+        if file.is_symlink() and file.is_dir():
+            logger.warning("%s is not copied: it leads to a folder", file)
             continue
         # Of this save or of another, under way or killed.
         hidden = any(part.startswith(HIDDEN) or part in _REPOSITORIES for part in name.parts)

@@ -29,12 +29,24 @@ def test_files_of_somebody_else_are_not_replaced(
 
 
 def test_files_that_came_with_a_model_are_replaced_with_it(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     quantize(model_folder, tmp_path / "out", **RECIPE)
     (model_folder / "config.json").write_text("a newer one")
+    assert caplog.messages == []
     quantize(model_folder, tmp_path / "out", **RECIPE)
-    assert (tmp_path / "out" / "config.json").read_text() == "a newer one"
+    replaced = tmp_path / "out" / "config.json"
+    assert replaced.read_text() == "a newer one"
+    assert caplog.messages == [f"{replaced} is replaced by {model_folder / 'config.json'}"]
+
+
+def test_a_link_to_a_folder_is_not_followed_and_told(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model_folder / "alias").symlink_to(model_folder / "tokenizer")
+    quantize(model_folder, tmp_path / "out", **RECIPE)
+    assert not (tmp_path / "out" / "alias").exists()
+    assert caplog.messages == [f"{model_folder / 'alias'} is not copied: it leads to a folder"]
 
 
 def test_history_of_a_repository_stays_behind(model_folder: Path, tmp_path: Path) -> None:

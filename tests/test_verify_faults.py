@@ -69,6 +69,13 @@ def _pairs_swapped(rows: Array) -> Array:
     return pairs[:, :, ::-1].reshape(rows.shape)
 
 
+def _last_row_lost(scales: Array) -> Array:
+    """Scales of 0 in one row of one expert, which is little of the whole."""
+    lost = scales.copy()
+    lost[2, -1] = 0
+    return lost
+
+
 def _next_expert(stack: Array) -> Array:
     return np.roll(stack, 1, axis=0)
 
@@ -132,6 +139,8 @@ BROKEN = [
     ),
     Broken("int8 scales of another expert", _on("fc2_scales", _next_expert), BOTH, (("bits", 8),)),
     Broken("scales doubled", _on("fc1_scales", lambda scales: 2 * scales), WEIGHTS),
+    Broken("scales of a row lost", _on("fc1_scales", _last_row_lost), SCALES),
+    Broken("the scale of a row lost", _on("fc2_scales", _last_row_lost), SCALES, ROWS),
     Broken("a scale that is no number", _on("fc1_scales", lambda s: s * np.inf), WEIGHTS),
     Broken(
         "experts swapped",

@@ -118,6 +118,7 @@ def test_an_output_that_is_not_finite_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        ({"seed": -1}, "seed=-1; it is at least 0"),
         ({"tokens": 0}, "tokens=0; it is at least 1"),
         ({"provider": "OtherExecutionProvider"}, "this build of ONNX Runtime has .*CPU"),
         ({"source_layout": "cutlass_sm90"}, "it may be 'raw' or 'cutlass_sm80'"),

@@ -86,3 +86,14 @@ def test_bytes_that_do_not_state_their_layout(tmp_path: Path) -> None:
     assert report.passed
     assert report.nodes[0].notes == ("weights_prepacked is not stated: taken for raw bytes",)
     assert failed(checked(TINY["fp16"], after, source_layout="cutlass_sm80")) == {"stored"}
+
+
+def test_a_kept_node_that_the_provider_misreads_is_noted(tmp_path: Path) -> None:
+    """Two models that compute the same garbage agree."""
+    codes = Codes(Experts(dtype=np.float16, inter=128), spec_of(8), layout="cutlass_sm80")
+    model = codes.model(weights_prepacked=None)
+    paths = [saved(model, tmp_path / name) for name in ("before", "after")]
+    (node,) = checked(*paths).nodes
+    assert node.status == "kept"
+    (note,) = node.notes
+    assert note.startswith("CPUExecutionProvider computes garbage: the CPU provider takes the by")

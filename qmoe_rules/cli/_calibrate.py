@@ -151,5 +151,6 @@ def _verdict(summary: dict[str, Any]) -> str:
     kind = "Hessians" if summary["hessian"] else "mean squares"
     line = f"{summary['file']}: {kind} of {summary['tokens']} tokens"
     if few:
-        line += f"; {few} experts saw too few of them and will fall back: more data would help"
+        experts = "expert" if few == 1 else "experts"
+        line += f"; {few} {experts} saw too few of them and will fall back: more data would help"
     return line

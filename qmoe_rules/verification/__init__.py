@@ -86,6 +86,8 @@ def verify(
     """
     if tokens < 1:
         raise ConfigError(f"tokens={tokens}; it is at least 1")
+    if seed < 0:
+        raise ConfigError(f"seed={seed}; it is at least 0")
     if source_layout not in (None, *STORED_LAYOUTS):
         choices = " or ".join(map(repr, STORED_LAYOUTS))
         raise ConfigError(f"source_layout={source_layout!r}; it may be {choices}")

@@ -17,7 +17,7 @@ from qmoe_rules.errors import SourceError
 from qmoe_rules.facts import constant_weights
 from qmoe_rules.formats import format_of
 from qmoe_rules.installed import installed
-from qmoe_rules.kernels import RIGHT
+from qmoe_rules.kernels import GARBAGE, RIGHT
 from qmoe_rules.providers import TARGETS
 from qmoe_rules.stored import STORED_LAYOUTS, StoredProjection, stored_projections
 from qmoe_rules.verification import _execution as execution
@@ -28,7 +28,7 @@ from qmoe_rules.verification._tolerances import PROVIDERS, Tolerance, runs_on, t
 from qmoe_rules.verification._weights import check_projection
 from qmoe_rules.weights import ExpertWeights
 
-__all__ = ["Captured", "Settings", "check_conversion", "obstacle"]
+__all__ = ["Captured", "Settings", "check_conversion", "misread", "obstacle"]
 
 Captured = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """Hidden states and router logits of a whole model."""
@@ -105,6 +105,14 @@ class _Conversion:
             for each in self.stored.values()
         )
         return max(rows, key=lambda row: row.error)
+
+
+def misread(node: ir.Node, provider: str) -> str | None:
+    """Returns why a provider would compute garbage of a MoE or QMoE, or None."""
+    if provider not in PROVIDERS:
+        return None
+    found = audit(node, PROVIDERS[provider])
+    return found.reason if found.verdict == GARBAGE else None
 
 
 def obstacle(pair: Pair, provider: str) -> str | None:

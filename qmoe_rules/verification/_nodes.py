@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qmoe_rules import ops
 from qmoe_rules.stored import StoredProjection, stored_projections
 from qmoe_rules.verification._comparison import Comparison
-from qmoe_rules.verification._conversion import Captured, Settings, check_conversion
+from qmoe_rules.verification._conversion import Captured, Settings, check_conversion, misread
 from qmoe_rules.verification._pairing import Pair
 from qmoe_rules.verification._report import (
     CONVERTED,
@@ -68,6 +68,8 @@ def check_node(
     )
     if status == CONVERTED:
         return check_conversion(result, before, after, captured, settings)
+    if garbage := misread(after, settings.provider):
+        result = result.noting(f"{settings.provider} computes garbage: {garbage}")
     return result.failing(*_changes(before, after, comparison, settings))
 
 

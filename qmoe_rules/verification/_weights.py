@@ -29,6 +29,8 @@ _ROUNDING = 1e-3  # scales that were rounded to a narrower type on the way
 _FOLLOW = 0.25
 _ENOUGH_SCALES = 128
 _SPREAD = 0.05
+# Of the largest scale: below this, a row is so small that its scale may be rounded away.
+_SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class _Expert:
     error: float
     bound: float
     follow: float | None
+    lost: int  # scales
 
 
 def check_projection(
@@ -71,7 +74,14 @@ def check_projection(
         follow,
         tuple(each.error for each in experts),
     )
-    failures = []
+    failures = [
+        Failure(
+            "scales",
+            f"{name} of expert {each.index} has {each.lost} scales of 0 where weights are not 0",
+        )
+        for each in experts
+        if each.lost
+    ]
     if not worst.error <= worst.bound:
         failures.append(
             Failure(
@@ -102,6 +112,7 @@ def _experts(weights: ExpertWeights, stored: StoredProjection) -> Iterator[_Expe
             relative_error(weight, found.dequantize()),
             bound,
             _follow(found.scales, nearest.scales, stored.spec),
+            _lost(found.scales, nearest.scales),
         )
         weights.release(index)
         stored.release(index)
@@ -122,6 +133,12 @@ def _follow(scales: npt.NDArray[Any], expected: npt.NDArray[Any], spec: Spec) ->
     if found.std() == 0:
         return 0.0
     return float(np.corrcoef(found, wanted)[0, 1])
+
+
+def _lost(scales: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
+    """Returns how many scales are 0 where those that are expected are not."""
+    found, wanted = (np.abs(each.astype(np.float64)) for each in (scales, expected))
+    return int(((found == 0) & (wanted > _SMALL * wanted.max(initial=0))).sum())
 
 
 def _excess(expert: _Expert) -> float:
