@@ -179,7 +179,7 @@ def changed(value: ir.Value, position: int | str, new: Any) -> ir.Value:
     """Gives a map another attribute, or other data at an input."""
     node = node_of(value)
     if isinstance(position, str):
-        node.attributes[position] = ir.AttrInt64(position, new)
+        node.attributes[position] = ir.convenience.convert_attribute(position, new)
         return value
     if len(node.inputs) <= position:
         node.resize_inputs(position + 1)
@@ -209,6 +209,7 @@ CODES, SCALES, POINTS, ORDER, BIAS = 1, 2, 3, 4, 5
             "MatMulNBits with weight_prepacked=1, an order of its own",
         ),
         ({"rounding": 1}, "MatMulNBits has no attribute 'rounding'"),
+        ({"bits": 4.0}, "MatMulNBits has no attribute 'bits' of this type"),
         (
             {"N": 64},
             "l0.map0.codes is [128, 2, 16], and its attributes ask for [64, 32]",

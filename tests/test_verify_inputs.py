@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,20 @@ def test_captured_rows_that_tie_are_left_out() -> None:
     np.testing.assert_array_equal(found.x, [[2, 3], [6, 7]])
     assert captured_inputs(x, router[[0, 0, 2, 0]], 2, np.dtype(np.float32), 64) is None
     assert captured_inputs(x, router[:3], 2, np.dtype(np.float32), 64) is None
+
+
+def test_ctrl_c_while_the_runtime_is_imported_is_no_missing_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its extension says "initialization failed", because of the interrupt."""
+    after = converted(TINY["fp32"], tmp_path / "out", **INT4)
+    ours = builtins.__import__
+
+    def interrupted(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("initialization failed") from KeyboardInterrupt()
+        return ours(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(TINY["fp32"], after)

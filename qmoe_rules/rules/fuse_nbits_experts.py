@@ -60,7 +60,9 @@ class _Storage:
     def refuse(self) -> str | None:
         """Returns why QMoE cannot store it so, or None."""
         if self.unknown:
-            return f"MatMulNBits has no attribute {self.unknown[0]!r}"
+            name = self.unknown[0]
+            kind = " of this type" if name in _ATTRIBUTES else ""
+            return f"MatMulNBits has no attribute {name!r}{kind}"
         if self.weight_prepacked:
             return f"MatMulNBits with weight_prepacked={self.weight_prepacked}, an order of its own"
         if self.bits not in _WIDTHS:
@@ -191,7 +193,12 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
     """Reads MatMulNBits."""
     if node is None or not ops.is_op(node, "MatMulNBits") or node.inputs[0] is None:
         return None
-    get = node.attributes.get_int
+    known = {
+        name: attribute.as_int()
+        for name, attribute in node.attributes.items()
+        if name in _ATTRIBUTES and attribute.type == ir.AttributeType.INT and not attribute.is_ref()
+    }
+    get = known.get
     storage = _Storage(
         get("N", 0),
         get("K", 0),
@@ -199,7 +206,7 @@ def _product(node: ir.Node | None) -> Linear[Map] | None:
         get("block_size", 0),
         get("accuracy_level", 0),
         get("weight_prepacked", 0),
-        tuple(sorted(set(node.attributes) - _ATTRIBUTES)),
+        tuple(sorted(set(node.attributes) - set(known))),
     )
     inputs = [None if value is None or value.name == "" else value for value in node.inputs[1:]]
     inputs += [None] * (len(_INPUTS) - len(inputs))

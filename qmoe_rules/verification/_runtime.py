@@ -122,6 +122,8 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # its extension says of Ctrl-C that it failed
         raise ConfigError(
             f"verification needs ONNX Runtime ({error}); pip install 'qmoe-rules[runtime]'"
         ) from error
