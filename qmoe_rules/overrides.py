@@ -12,7 +12,7 @@ import functools
 import glob
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "Override",
     "check_pattern",
     "exactly",
+    "idle",
     "matches",
     "parse_overrides",
     "parse_patterns",
@@ -155,3 +156,19 @@ def _value(text: str) -> int | bool | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
+def idle(patterns: Sequence[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the patterns that do nothing, which are likely mistyped or misplaced, and why.
+
+    Args:
+        patterns: The patterns; the first that matches a name counts.
+        names: The names of all nodes.
+    """
+    names = list(names)
+    matched = [{name for name in names if matches(pattern, name)} for pattern in patterns]
+    for place, (pattern, own) in enumerate(zip(patterns, matched, strict=True)):
+        if not own:
+            yield pattern, f"matches no node; they are {', '.join(names) or 'none'}"
+        elif own <= set().union(*matched[:place]):
+            yield pattern, "is never used: earlier ones match all its nodes"

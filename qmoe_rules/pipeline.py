@@ -17,6 +17,7 @@ from qmoe_rules.installed import installed
 from qmoe_rules.loading import Source, data_files, load, locate
 from qmoe_rules.mappings import told_when_lost
 from qmoe_rules.measuring import measure, measured_bytes
+from qmoe_rules.overrides import idle
 from qmoe_rules.passes import QuantizeMoEPass
 from qmoe_rules.recipe import Recipe
 from qmoe_rules.report import CONVERTED, KEPT, Report
@@ -182,10 +183,7 @@ def _planned(source: Source, recipe: Recipe) -> tuple[ir.Model, Report]:
     if present != report.count(CONVERTED) + report.count(KEPT):
         raise AssertionError(f"{present} QMoE nodes in the model, but: {report.summary()}")
     names = [row.node for row in report.rows]
-    report.warnings += [
-        f"pattern {pattern!r} matches no node; they are {', '.join(names) or 'none'}"
-        for pattern in recipe.unmatched(names)
-    ]
+    report.warnings += [f"pattern {each!r} {why}" for each, why in idle(recipe.patterns, names)]
     if runtime := installed():
         report.warnings += runtime.remarks(ops.nodes(model, "QMoE"), recipe.provider_target)
     for warning in report.warnings:

@@ -169,14 +169,10 @@ class Recipe:
         """Returns whether the node with this name stays in float."""
         return any(matches(pattern, node) for pattern in self.nodes_to_exclude)
 
-    def unmatched(self, nodes: Iterable[str]) -> list[str]:
-        """Returns the patterns that match none of these nodes, which are likely mistyped."""
-        names = list(nodes)
-        patterns = [
-            *self.nodes_to_exclude,
-            *(override.pattern for override in self.given_overrides),
-        ]
-        return [given for given in patterns if not any(matches(given, name) for name in names)]
+    @property
+    def patterns(self) -> list[str]:
+        """What says which nodes are excluded or overridden; the first that matches counts."""
+        return [*self.nodes_to_exclude, *(each.pattern for each in self.given_overrides)]
 
     def resolve(self, node: str) -> Recipe:
         """Returns the recipe for one node, with the first override that matches applied."""

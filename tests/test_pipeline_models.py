@@ -141,6 +141,26 @@ def test_a_pattern_that_matches_no_node_is_told(
     assert message.endswith("matches no node; they are layers.0.moe, layers.1.moe")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "excluded", "shadowed"),
+    [
+        (["layers.*", "layers.0*"], [], ["layers.0*"]),
+        (["layers.0*", "layers.*"], [], []),
+        (["layers.0*", "layers.*"], ["layers.1*"], ["layers.*"]),
+        (["layers.0*"], ["layers.0*"], ["layers.0*"]),
+    ],
+)
+def test_an_override_that_is_never_used_is_told(
+    tiny_fp32: Path, overrides: list[str], excluded: list[str], shadowed: list[str]
+) -> None:
+    given = [(pattern, {"bits": 8}) for pattern in overrides]
+    report = plan(tiny_fp32, overrides=given, nodes_to_exclude=excluded)
+    assert report.warnings == [
+        f"pattern {pattern!r} is never used: earlier ones match all its nodes"
+        for pattern in shadowed
+    ]
+
+
 def test_external_data_of_a_function_come_along(model_folder: Path, tmp_path: Path) -> None:
     """A Constant inside a function is no initializer; its bytes move into the .onnx file."""
     model = onnx.load(model_folder / "model.onnx", load_external_data=False)
