@@ -193,6 +193,22 @@ def test_tokens_are_all_axes_but_the_last() -> None:
     assert same_tokens(shaped(b.op("Exp", source := b.bare(b.x)), "tokens", 6), source)
 
 
+def test_sizes_that_are_known_to_differ_are_not_those_of_the_tokens() -> None:
+    b = Small()
+    source = shaped(b.bare(b.x), 4, 6)
+    assert same_tokens(shaped(b.op("Exp", source), None, 6), source)
+    assert not same_tokens(shaped(b.op("Exp", source), 5, 6), source)
+    # One size alone says nothing.
+    assert same_tokens(shaped(b.op("Exp", b.x), 4, 6), b.x)
+
+
+def test_a_constant_may_not_add_an_axis_to_tokens_of_unknown_rank() -> None:
+    b = Small()
+    source = b.bare(b.x)
+    assert same_tokens(b.op("Add", b.op("Exp", source), b.matrix(WIDTH)), source)
+    assert not same_tokens(b.op("Add", b.op("Exp", source), b.matrix(1, WIDTH)), source)
+
+
 def test_tokens_are_looked_for_among_so_many_values() -> None:
     b = Small()
     value = b.x
