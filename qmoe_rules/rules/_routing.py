@@ -42,17 +42,8 @@ _MIN_OPSET = 16
 # What a router does to the products that it ranks without making any of them equal, as far as
 # numbers go. MoE prefers the last of equal logits, and TopK the first.
 _KEEP_APART = (
-    "Add",
-    "Cast",
-    "Div",
-    "Flatten",
-    "Identity",
-    "Mul",
-    "Reshape",
-    "Squeeze",
-    "Sub",
-    "Unsqueeze",
-)
+    "Add", "Div", "Flatten", "Identity", "Mul", "Reshape", "Squeeze", "Sub", "Unsqueeze",
+)  # fmt: skip
 # Softmax is along one axis, and the axes of ReduceSum are an input, from this opset on.
 _MIN_OPSET_DIRECT = 13
 
@@ -237,20 +228,22 @@ def _are_apart(logits: ir.Value) -> bool:
     value = _uncast(logits)
     node = value.producer()
     while node is not None and is_op(node, *_KEEP_APART):
-        computed = [each for each in node.inputs if each is not None and not _is_factor(each)]
-        if is_op(node, "Cast") or len(computed) != 1:
-            return False  # a cast that rounds, or that of no number at all
+        scales = is_op(node, "Div", "Mul")
+        computed = [each for each in node.inputs if each and not _is_known(each, scales)]
+        if len(computed) != 1:
+            return False
         value = _uncast(computed[0])
         node = value.producer()
     return node is None or is_op(node, "MatMul", "Gemm") or ops.is_op(node, "MatMulNBits")
 
 
-def _is_factor(value: ir.Value) -> bool:
-    """Returns whether a value is a constant that holds no zero and no infinity."""
-    numbers = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
-    return numbers is not None and bool(
-        np.isfinite(numbers.numpy()).all() and numbers.numpy().all()
-    )
+def _is_known(value: ir.Value, scales: bool) -> bool:
+    """Returns whether a value is a constant without infinities and, where it scales, without 0."""
+    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        return False
+    numbers = tensor.numpy()
+    return bool(np.isfinite(numbers).all() and (numbers.all() or not scales))
 
 
 def _uncast(value: ir.Value, *, rounded: bool = False) -> ir.Value:
