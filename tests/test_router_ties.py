@@ -65,6 +65,7 @@ ENCODED: dict[str, Written] = {
     ),
     "masked": lambda b: b.op("Mul", product(b), row(b, 1, 0, 1, 1, 1, 1)),
     "divided by infinity": lambda b: b.op("Div", product(b), row(b, 1, np.inf, 1, 1, 1, np.inf)),
+    "divided by nothing": lambda b: b.op("Div", product(b), row(b, 1, 0, 1, 1, 1, 0)),
     "minus infinity": lambda b: b.op("Add", product(b), row(b, 1, -np.inf, 1, 1, 1, -np.inf)),
     "by a default": lambda b: b.op("Mul", product(b), overridable(b)),
     "by itself": lambda b: b.op("Mul", product(b), b.op("Sigmoid", b.scores)),
