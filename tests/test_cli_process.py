@@ -112,6 +112,7 @@ def test_ctrl_c_while_everything_is_imported_is_one_line(tiny_fp32: Path) -> Non
     """Numpy is the first thing that the command imports from elsewhere."""
     early = """if True:
         import builtins, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         ours = builtins.__import__
         def interrupted(name, *rest):
             if name == "numpy":
