@@ -122,16 +122,22 @@ def test_symlink_that_leads_outside_is_left_out_with_a_warning(
     ]
 
 
-def test_stray_file_of_the_data_files_name_is_a_side_file(
-    model_folder: Path, tmp_path: Path
-) -> None:
+def rename_data(folder: Path) -> None:
+    """Calls the data of the model weights.bin, so that the name it has is free for others."""
+
     def move(proto: onnx.ModelProto) -> None:
         for tensor in proto.graph.initializer:
             for entry in tensor.external_data:
                 entry.value = "weights.bin" if entry.key == "location" else entry.value
 
-    (model_folder / "model.onnx.data").rename(model_folder / "weights.bin")
-    edit(model_folder / "model.onnx", move)
+    (folder / "model.onnx.data").rename(folder / "weights.bin")
+    edit(folder / "model.onnx", move)
+
+
+def test_stray_file_of_the_data_files_name_is_a_side_file(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    rename_data(model_folder)
     (model_folder / "model.onnx.1.data").write_text("stray")
     quantize(model_folder, tmp_path / "out", **RECIPE)
     written = snapshot(tmp_path / "out")
@@ -142,13 +148,7 @@ def test_stray_file_of_the_data_files_name_is_a_side_file(
 def test_stray_file_of_exactly_the_data_files_name_is_not_lost(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    def move(proto: onnx.ModelProto) -> None:
-        for tensor in proto.graph.initializer:
-            for entry in tensor.external_data:
-                entry.value = "weights.bin" if entry.key == "location" else entry.value
-
-    (model_folder / "model.onnx.data").rename(model_folder / "weights.bin")
-    edit(model_folder / "model.onnx", move)
+    rename_data(model_folder)
     (model_folder / "model.onnx.data").write_text("stray")
     quantize(model_folder, tmp_path / "out", **RECIPE)
     assert b"stray" in snapshot(tmp_path / "out").values()
@@ -163,14 +163,7 @@ def test_side_file_does_not_replace_the_data_of_a_model(
     quantize(model_folder, out, bits=8)
     (out / "model.onnx").rename(out / reader)
     before = tensors(out / reader)
-    data = (model_folder / "model.onnx.data").rename(model_folder / "weights.bin")
-
-    def move(proto: onnx.ModelProto) -> None:
-        for tensor in proto.graph.initializer:
-            for entry in tensor.external_data:
-                entry.value = data.name if entry.key == "location" else entry.value
-
-    edit(model_folder / "model.onnx", move)
+    rename_data(model_folder)
     (model_folder / "model.onnx.data").write_text("stray")
     with caplog.at_level(logging.WARNING, "qmoe_rules"):
         quantize(model_folder, out, **RECIPE)

@@ -12,8 +12,10 @@ from qmoe_rules import ops
 __all__ = [
     "axis_of",
     "both_ways",
+    "constant",
     "is_last_axis",
     "is_op",
+    "keeps_last_axis",
     "last_size",
     "not_negative",
     "number",
@@ -69,7 +71,7 @@ def not_negative(value: ir.Value) -> bool:
         if current in seen or current.dtype == ir.DataType.BOOL:
             continue
         seen.add(current)
-        tensor = _constant(current)
+        tensor = constant(current)
         if tensor is not None:
             if tensor.size > _SMALL or not (tensor.numpy() >= 0).all():
                 return False
@@ -139,7 +141,7 @@ def _rows_are_of(node: ir.Node, source: ir.Value, seen: dict[ir.Value, bool]) ->
     """Returns whether the outputs of an operator have the leading axes of a source."""
     if is_op(node, "GatherElements"):
         return _has_rows_of(node.inputs[1], source, seen)
-    if is_op(node, "ReduceMax", "ReduceSum") and not _keeps_last_axis(node):
+    if is_op(node, "ReduceMax", "ReduceSum") and not keeps_last_axis(node):
         return False
     if is_op(node, "Concat", "TopK") and not _is_along_last_axis(node):
         return False
@@ -206,7 +208,7 @@ def last_size(value: ir.Value | None, depth: int = 8) -> int | None:
     if node.op_type in ("MatMul", "GatherElements"):
         return last_size(node.inputs[1], depth - 1)
     if node.op_type == "ReduceSum":
-        return 1 if _keeps_last_axis(node) else None
+        return 1 if keeps_last_axis(node) else None
     sizes = [last_size(source, depth - 1) for source in node.inputs]
     if node.op_type in _SAME_SHAPE:
         return sizes[0]
@@ -252,14 +254,14 @@ def _is_along_last_axis(node: ir.Node) -> bool:
     return any(is_last_axis(node, value) for value in (node.inputs[0], node.outputs[0]))
 
 
-def _keeps_last_axis(node: ir.Node) -> bool:
+def keeps_last_axis(node: ir.Node) -> bool:
     """Returns whether a node reduces the last axis, and only that, to size 1."""
     return over_last_axis(node, node.inputs[0]) and node.attributes.get_int("keepdims", 1) == 1
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """Returns the one number that a constant holds, or None."""
-    tensor = None if value is None else _constant(value)
+    tensor = None if value is None else constant(value)
     # Broadcasting more axes could give the result more, too.
     if tensor is None or tensor.size != 1 or len(tensor.shape) > 1:
         return None
@@ -278,7 +280,7 @@ def top_k(node: ir.Node) -> int | None:
     return None if k is None else int(k)
 
 
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+def constant(value: ir.Value) -> ir.TensorProtocol | None:
     """Returns the numbers that a value has in every run, or None."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:

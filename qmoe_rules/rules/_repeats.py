@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qmoe_rules import ops
-from qmoe_rules.rules._facts import axis_of, producer, same_size, scalar
+from qmoe_rules.rules._facts import axis_of, constant, producer, same_size, scalar
 
 __all__ = [
     "column",
@@ -37,15 +37,13 @@ def _asked(reshape: ir.Node) -> list[int] | None:
 
     Before opset 5 it is an attribute, and no such model is fused.
     """
-    return _constant(reshape.inputs[1]) if len(reshape.inputs) > 1 else None
+    return _integers(reshape.inputs[1]) if len(reshape.inputs) > 1 else None
 
 
-def _constant(value: ir.Value | None) -> list[int] | None:
+def _integers(value: ir.Value | None) -> list[int] | None:
     """Returns the integers that a constant holds, or None."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if value is None or tensor is None or value.is_graph_input():
-        return None
-    return [int(number) for number in tensor.numpy().ravel()]
+    tensor = None if value is None else constant(value)
+    return None if tensor is None else [int(number) for number in tensor.numpy().ravel()]
 
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -138,7 +136,7 @@ def _repeated(value: ir.Value, k: int, rank: int) -> ir.Value | None:
 
 def _expands(node: ir.Node, source: ir.Value, shape: Sequence[int | None], k: int) -> bool:
     """Returns whether Expand makes [T, k, ...] of [T, 1, ...], T and the rest as in the source."""
-    wanted = _constant(node.inputs[1])
+    wanted = _integers(node.inputs[1])
     if wanted is not None:
         axes = zip(wanted, (shape[0], k, *shape[1:]), strict=True)
         return (

@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from qmoe_rules import ops
 from qmoe_rules.rules._facts import (
+    constant,
     is_last_axis,
     is_op,
+    keeps_last_axis,
     last_size,
     not_negative,
-    over_last_axis,
     same_tokens,
     top_k,
     type_of,
@@ -239,7 +240,7 @@ def _are_apart(logits: ir.Value) -> bool:
 
 def _is_known(value: ir.Value, scales: bool) -> bool:
     """Returns whether a value is a constant without infinities and, where it scales, without 0."""
-    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    tensor = constant(value)
     if tensor is None:
         return False
     numbers = tensor.numpy()
@@ -298,8 +299,7 @@ def _is_sum_over_last(total: ir.Value | None, part: ir.Value | None) -> bool:
         node is not None
         and is_op(node, "ReduceSum")
         and node.inputs[0] is part
-        and node.attributes.get_int("keepdims", 1) == 1
-        and over_last_axis(node, part)
+        and keeps_last_axis(node)
     )
 
 
